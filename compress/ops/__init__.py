@@ -1,0 +1,26 @@
+"""Operations with more than one backend, declared to torch in the namespace `compress`.
+
+`compress.ops.reference` holds the definition of each in plain torch. `backend()` says what runs on the CPU.
+"""
+
+from compress.ops import reference
+from compress.ops.library import (
+    backend,
+    pack_bits,
+    pyramid_encode,
+    pyramid_rank,
+    pyramid_unrank,
+    unpack_bits,
+)
+from compress.ops.tables import codebook_size
+
+__all__ = [
+    "backend",
+    "codebook_size",
+    "pack_bits",
+    "pyramid_encode",
+    "pyramid_rank",
+    "pyramid_unrank",
+    "reference",
+    "unpack_bits",
+]

@@ -1,0 +1,206 @@
+"""The operations as torch sees them: one schema each, arguments checked once, a kernel per backend.
+
+Every operation is declared in the namespace `compress` with the torch reference as its default kernel, so it runs on
+any device. When the compiled library is there, it takes over the CPU under the same name. Fake kernels give shapes
+and types alone, for export and compile. (`torch.library.custom_op` would say the same in fewer lines, but imports the
+compiler on its first call: a second that a command-line tool notices.)
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from compress.errors import CodecError
+from compress.ops import reference
+from compress.ops.native import NativeLibrary, find_library
+
+LARGEST_PULSE = 127
+LARGEST_DIM = 256
+WIDEST = 64
+
+
+class Backend(Protocol):
+    """The kernels that a backend provides; arguments are valid when they get there."""
+
+    def pyramid_encode(
+        self, x: Tensor, scale: Tensor, levels: Tensor, pulses: int, limit: int
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def pyramid_rank(self, y: Tensor, pulses: int, limit: int) -> Tensor: ...
+
+    def pyramid_unrank(self, index: Tensor, dim: int, pulses: int, limit: int) -> Tensor: ...
+
+    def pack_bits(self, values: Tensor, width: int) -> Tensor: ...
+
+    def unpack_bits(self, packed: Tensor, width: int, count: int) -> Tensor: ...
+
+
+def pyramid_encode(x: Tensor, scale: Tensor, levels: Tensor, pulses: int, limit: int) -> tuple[Tensor, Tensor]:
+    """Exact joint choice of gain and shape: argmin over (j, y) of ||x - scale levels_j y||^2.
+
+    x float32 [G, D] finite, scale float32 [G] >= 0, levels float32 [L] > 0 ascending; y in Z^D with sum |y_i| = pulses
+    and |y_i| <= limit. Returns y int8 [G, D] and the level's index int64 [G]. A scale of 0 gives the codebook's first
+    vector and level 0. Ties, and the arithmetic that makes backends agree: `compress.ops.reference`. Raises
+    `CodecError` for shapes or types other than these, and when pulses > D limit.
+    """
+    y, gain = torch.ops.compress.pyramid_encode(x, scale, levels, pulses, limit)
+    return y, gain
+
+
+def pyramid_rank(y: Tensor, pulses: int, limit: int = -1) -> Tensor:
+    """Index in [0, N) of each y int8 [G, D] among the vectors with `pulses` pulses, at most `limit` each: int64 [G].
+
+    Vectors are in lexicographic order, the values of one coordinate in the order 0, +1, -1, +2, -2, ... (Fischer 1986).
+    limit -1: no bound. Raises `CodecError` for a y that is no such vector and when N >= 2^63.
+    """
+    index: Tensor = torch.ops.compress.pyramid_rank(y, pulses, limit)
+    return index
+
+
+def pyramid_unrank(index: Tensor, dim: int, pulses: int, limit: int = -1) -> Tensor:
+    """The vector y int8 [G, dim] of each index int64 [G]; inverse of `pyramid_rank`, same order, same errors."""
+    y: Tensor = torch.ops.compress.pyramid_unrank(index, dim, pulses, limit)
+    return y
+
+
+def pack_bits(values: Tensor, width: int) -> Tensor:
+    """int64 [G], read as unsigned patterns, to a little-endian bit stream uint8 [ceil(G width / 8)], zero padded.
+
+    Bit b of value g is bit g width + b of the stream, which is bit n % 8 of byte n // 8. Bits above `width` are
+    dropped. width is 1 to 64, `CodecError` otherwise.
+    """
+    packed: Tensor = torch.ops.compress.pack_bits(values, width)
+    return packed
+
+
+def unpack_bits(packed: Tensor, width: int, count: int) -> Tensor:
+    """The first `count` values of a stream of `pack_bits`: int64 [count]. `CodecError` when the stream is shorter."""
+    values: Tensor = torch.ops.compress.unpack_bits(packed, width, count)
+    return values
+
+
+def _check_pyramid(dim: int, pulses: int, limit: int) -> int:
+    """The bound that holds: -1 stands for none. Raises `CodecError` for a pyramid that int8 vectors cannot hold."""
+    bound = min(max(pulses, 1), LARGEST_PULSE) if limit == -1 else limit
+    if not 1 <= dim <= LARGEST_DIM:
+        raise CodecError(f"A group of {dim} coordinates; 1 to {LARGEST_DIM} are possible.")
+    if not 1 <= bound <= LARGEST_PULSE:
+        raise CodecError(f"A largest magnitude of {bound}; 1 to {LARGEST_PULSE} fit the int8 result.")
+    if not 0 <= pulses <= dim * bound:
+        raise CodecError(f"{dim} coordinates of at most {bound} cannot hold {pulses} pulses.")
+    return bound
+
+
+def _check_encode(x: Tensor, scale: Tensor, levels: Tensor, pulses: int, limit: int) -> None:
+    if x.ndim != 2 or scale.shape != x.shape[:1] or levels.ndim != 1 or levels.numel() == 0:
+        raise CodecError(
+            f"pyramid_encode takes x [G, D], scale [G] and levels [L], "
+            f"not {list(x.shape)}, {list(scale.shape)}, {list(levels.shape)}."
+        )
+    if not x.dtype == scale.dtype == levels.dtype == torch.float32:
+        raise CodecError(f"pyramid_encode takes float32, not {x.dtype}, {scale.dtype}, {levels.dtype}.")
+    if bool((levels <= 0).any()) or bool((levels.diff() < 0).any()):
+        raise CodecError(f"pyramid_encode takes positive, ascending levels, not {levels.tolist()}.")
+    _check_pyramid(x.shape[1], pulses, limit)
+
+
+def _check_tensor(name: str, tensor: Tensor, ndim: int, dtype: torch.dtype) -> None:
+    if tensor.ndim != ndim or tensor.dtype != dtype:
+        raise CodecError(f"{name} takes {dtype} of {ndim} dimensions, not {tensor.dtype} {list(tensor.shape)}.")
+
+
+def _check_width(width: int) -> None:
+    if not 1 <= width <= WIDEST:
+        raise CodecError(f"A width of {width} bits; 1 to {WIDEST} are possible.")
+
+
+def _declare() -> None:
+    for schema in (
+        "pyramid_encode(Tensor x, Tensor scale, Tensor levels, int pulses, int limit) -> (Tensor, Tensor)",
+        "pyramid_rank(Tensor y, int pulses, int limit=-1) -> Tensor",
+        "pyramid_unrank(Tensor index, int dim, int pulses, int limit=-1) -> Tensor",
+        "pack_bits(Tensor values, int width) -> Tensor",
+        "unpack_bits(Tensor packed, int width, int count) -> Tensor",
+    ):
+        name, _, signature = schema.partition("(")
+        torch.library.define(f"compress::{name}", f"({signature}")
+
+
+def _attach(key: str, kernels: Backend) -> None:
+    """Registers the kernels of a backend, each behind the checks of its arguments, for the dispatch key `key`."""
+
+    def encode(x: Tensor, scale: Tensor, levels: Tensor, pulses: int, limit: int) -> tuple[Tensor, Tensor]:
+        _check_encode(x, scale, levels, pulses, limit)
+        return kernels.pyramid_encode(x, scale, levels, pulses, limit)
+
+    def rank(y: Tensor, pulses: int, limit: int = -1) -> Tensor:
+        _check_tensor("pyramid_rank", y, 2, torch.int8)
+        return kernels.pyramid_rank(y, pulses, _check_pyramid(y.shape[1], pulses, limit))
+
+    def unrank(index: Tensor, dim: int, pulses: int, limit: int = -1) -> Tensor:
+        _check_tensor("pyramid_unrank", index, 1, torch.int64)
+        return kernels.pyramid_unrank(index, dim, pulses, _check_pyramid(dim, pulses, limit))
+
+    def pack(values: Tensor, width: int) -> Tensor:
+        _check_tensor("pack_bits", values, 1, torch.int64)
+        _check_width(width)
+        return kernels.pack_bits(values, width)
+
+    def unpack(packed: Tensor, width: int, count: int) -> Tensor:
+        _check_tensor("unpack_bits", packed, 1, torch.uint8)
+        _check_width(width)
+        needed = reference.packed_bytes(count, width)
+        if packed.numel() < needed:
+            raise CodecError(f"{count} codes of {width} bits need {needed} bytes; the stream has {packed.numel()}.")
+        return kernels.unpack_bits(packed, width, count)
+
+    for name, kernel in (
+        ("pyramid_encode", encode),
+        ("pyramid_rank", rank),
+        ("pyramid_unrank", unrank),
+        ("pack_bits", pack),
+        ("unpack_bits", unpack),
+    ):
+        torch.library.impl(f"compress::{name}", key, kernel)
+
+
+_declare()
+
+
+@torch.library.register_fake("compress::pyramid_encode")
+def _(x: Tensor, scale: Tensor, levels: Tensor, pulses: int, limit: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:1], dtype=torch.int64)
+
+
+@torch.library.register_fake("compress::pyramid_rank")
+def _(y: Tensor, pulses: int, limit: int = -1) -> Tensor:
+    return y.new_empty(y.shape[:1], dtype=torch.int64)
+
+
+@torch.library.register_fake("compress::pyramid_unrank")
+def _(index: Tensor, dim: int, pulses: int, limit: int = -1) -> Tensor:
+    return index.new_empty((index.shape[0], dim), dtype=torch.int8)
+
+
+@torch.library.register_fake("compress::pack_bits")
+def _(values: Tensor, width: int) -> Tensor:
+    return values.new_empty((values.shape[0] * width + 7) // 8, dtype=torch.uint8)
+
+
+@torch.library.register_fake("compress::unpack_bits")
+def _(packed: Tensor, width: int, count: int) -> Tensor:
+    return packed.new_empty(count, dtype=torch.int64)
+
+
+LIBRARY_PATH = find_library()
+_attach("default", reference)
+if LIBRARY_PATH is not None:
+    _attach("cpu", NativeLibrary(LIBRARY_PATH))
+
+
+def backend() -> str:
+    """What computes on the CPU: "native" (the compiled library) or "reference" (plain torch)."""
+    return "reference" if LIBRARY_PATH is None else "native"

@@ -1,0 +1,104 @@
+"""The compiled CPU backend: a plain C library called through ctypes.
+
+A C interface rather than a Python extension: one build serves every Python version, needs no Python headers, and
+costs a tenth of a second to compile. `cuda/host.cpp` is its source. Without the library everything works, slower, on
+the torch reference; a library of another version is an error rather than a silent fallback.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from compress.errors import CodecError, CompressError
+from compress.ops.reference import packed_bytes
+from compress.ops.tables import codebook_size, count_table
+
+INTERFACE = 1
+"""Version of the C interface; `compress_interface()` of the library must return it."""
+
+POINTER, INT64, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+SIGNATURES: dict[str, list[type]] = {
+    "compress_pyramid_encode": [POINTER, POINTER, POINTER, INT64, INT, INT, INT, INT, POINTER, POINTER, INT],
+    "compress_pyramid_rank": [POINTER, POINTER, INT64, INT, INT, INT, POINTER, INT],
+    "compress_pyramid_unrank": [POINTER, POINTER, INT64, INT, INT, POINTER, INT],
+    "compress_pack_bits": [POINTER, INT64, INT, POINTER, INT],
+    "compress_unpack_bits": [POINTER, INT64, INT, POINTER, INT],
+}
+
+
+def find_library() -> Path | None:
+    """Where the compiled library lies, or None. Import's own search finds it in a checkout, a wheel, an editable one."""
+    spec = importlib.util.find_spec("compress._native")
+    return Path(spec.origin) if spec is not None and spec.origin else None
+
+
+class NativeLibrary:
+    """The kernels of one loaded library, as functions of tensors with the contracts of `compress.ops.reference`.
+
+    Tensors must be contiguous and on the CPU. Work is spread over `torch.get_num_threads()` threads.
+    """
+
+    def __init__(self, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
+        version = int(library.compress_interface())
+        if version != INTERFACE:
+            raise CompressError(
+                f"{path} has interface {version}, this version of compress needs {INTERFACE}.",
+                remedy="Install compress again, or delete the file to run without it.",
+            )
+        self.functions = {name: library[name] for name in SIGNATURES}
+        for name, function in self.functions.items():
+            function.argtypes, function.restype = SIGNATURES[name], INT64
+
+    def _call(self, name: str, *arguments: Tensor | int) -> int:
+        values = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
+        return int(self.functions[name](*values, torch.get_num_threads()))
+
+    def pyramid_encode(
+        self, x: Tensor, scale: Tensor, levels: Tensor, pulses: int, limit: int
+    ) -> tuple[Tensor, Tensor]:
+        x, scale, levels = x.contiguous(), scale.contiguous(), levels.contiguous()
+        groups, dim = x.shape
+        y = torch.empty((groups, dim), dtype=torch.int8)
+        gain = torch.empty(groups, dtype=torch.int64)
+        self._call(
+            "compress_pyramid_encode", x, scale, levels, groups, dim, levels.numel(), pulses, limit, y, gain
+        )
+        return y, gain
+
+    def pyramid_rank(self, y: Tensor, pulses: int, limit: int) -> Tensor:
+        groups, dim = y.shape
+        y = y.contiguous()
+        index = torch.empty(groups, dtype=torch.int64)
+        words = count_table(dim, pulses, limit)
+        if self._call("compress_pyramid_rank", y, words, groups, dim, pulses, limit, index):
+            raise CodecError(f"A vector to rank does not have {pulses} pulses, at most {limit} on one coordinate.")
+        return index
+
+    def pyramid_unrank(self, index: Tensor, dim: int, pulses: int, limit: int) -> Tensor:
+        index = index.contiguous()
+        y = torch.empty((index.numel(), dim), dtype=torch.int8)
+        words = count_table(dim, pulses, limit)
+        if self._call("compress_pyramid_unrank", index, words, index.numel(), dim, pulses, y):
+            size = codebook_size(dim, pulses, limit)
+            raise CodecError(
+                f"An index lies outside its codebook of {size} vectors.", remedy="The codes are damaged."
+            )
+        return y
+
+    def pack_bits(self, values: Tensor, width: int) -> Tensor:
+        values = values.contiguous()
+        out = torch.empty(packed_bytes(values.numel(), width), dtype=torch.uint8)
+        self._call("compress_pack_bits", values, values.numel(), width, out)
+        return out
+
+    def unpack_bits(self, packed: Tensor, width: int, count: int) -> Tensor:
+        packed = packed.contiguous()
+        out = torch.empty(count, dtype=torch.int64)
+        self._call("compress_unpack_bits", packed, count, width, out)
+        return out

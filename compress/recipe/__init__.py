@@ -1,0 +1,28 @@
+"""What is wanted, as typed data: a YAML file, command line options, or Python arguments, all as one `Recipe`."""
+
+from compress.recipe.method import Method
+from compress.recipe.read import load_recipe, make_recipe, packaged_recipes, with_overrides
+from compress.recipe.schema import (
+    DistillRecipe,
+    EvaluateRecipe,
+    ExportRecipe,
+    QuantizeRecipe,
+    Recipe,
+    StudentRecipe,
+    flatten,
+)
+
+__all__ = [
+    "DistillRecipe",
+    "EvaluateRecipe",
+    "ExportRecipe",
+    "Method",
+    "QuantizeRecipe",
+    "Recipe",
+    "StudentRecipe",
+    "flatten",
+    "load_recipe",
+    "make_recipe",
+    "packaged_recipes",
+    "with_overrides",
+]

@@ -1,0 +1,64 @@
+"""A method by name with its options: a loss, a codec.
+
+Written `NAME[:key=value,...]`, for example `kl:temperature=2,weight=0.5`, or as a mapping with `name` and `options`.
+Which names and options exist is known to the registry of each kind of method, not here.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+
+Option = bool | int | float | str
+
+PATTERN = r"^[A-Za-z_]\w*(:\w+=[^,=]+(,\w+=[^,=]+)*)?$"
+
+
+def parse_option(text: str) -> Option:
+    """`true` and `false`, an integer, a number, or else the text itself."""
+    if text in ("true", "false"):
+        return text == "true"
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text
+
+
+class Method(BaseModel):
+    """A name and the options given to it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    name: str
+    options: dict[str, Option] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        if re.match(PATTERN, value) is None:
+            raise ValueError("NAME or NAME:key=value,key=value is the form of a method")
+        name, _, rest = value.partition(":")
+        pairs = [part.split("=") for part in rest.split(",")] if rest else []
+        keys = [key for key, _ in pairs]
+        if len(set(keys)) < len(keys):
+            raise ValueError("an option is given twice")
+        return {"name": name, "options": {key: parse_option(text) for key, text in pairs}}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        mapping = handler.resolve_ref_schema(handler(schema))
+        return {"anyOf": [{"type": "string", "pattern": PATTERN}, dict(mapping)]}
+
+    def __str__(self) -> str:
+        options = ",".join(
+            f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in self.options.items()
+        )
+        return f"{self.name}:{options}" if options else self.name

@@ -1,0 +1,165 @@
+"""From text to a `Recipe`, with messages that name file, line, key, and what is allowed there."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from compress.errors import RecipeError
+from compress.recipe.document import Document, parse_scalar
+from compress.recipe.schema import Recipe
+
+Location = tuple[str | int, ...]
+
+
+def packaged_recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name (their path below `recipes/` without `.yaml`)."""
+    package = Path(__file__).parents[1]
+    folder = next((f for f in (package / "recipes", package.parent / "recipes") if f.is_dir()), None)
+    if folder is None:
+        return {}
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+
+
+def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a file, or the packaged one of that name, with `a.b=value` overrides. Raises `RecipeError`."""
+    path, known = Path(reference), packaged_recipes()
+    if not path.exists() and reference in known:
+        path = known[reference]
+    if not path.exists():
+        close = difflib.get_close_matches(reference, known, n=1)
+        hint = f"Did you mean '{close[0]}'?" if close else "Name a file, or a recipe of `compress list recipes`."
+        raise RecipeError(f"There is no recipe '{reference}'.", remedy=hint)
+    document = Document.read(path)
+    if not isinstance(document.value, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of keys.", remedy="Begin with `model:` and `out:`.")
+    return make_recipe(with_overrides(document.value, overrides), document, overrides)
+
+
+def with_overrides(value: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of nested mappings with each `a.b=value` set; the value is read as YAML, list entries count from 0."""
+    result: dict[str, Any] = _copy(dict(value))
+    for override in overrides:
+        path, separator, text = override.partition("=")
+        if not separator or not all(path.split(".")):
+            raise RecipeError(f"--set {override} sets nothing.", remedy="Write --set key.key=value.")
+        *parents, last = path.split(".")
+        target = result
+        for key in parents:
+            target = _enter(target, key, override)
+        _assign(target, last, parse_scalar(text), override)
+    return result
+
+
+def make_recipe(value: Mapping[str, Any], document: Document | None = None, overrides: Sequence[str] = ()) -> Recipe:
+    """Validate plain data. `document` and `overrides` say where it came from, for the message of a `RecipeError`."""
+    try:
+        return Recipe.model_validate(dict(value))
+    except ValidationError as error:
+        settings = {override.partition("=")[0]: override for override in overrides}
+        texts = [_explain(detail, document, settings) for detail in _distinct(error.errors(include_url=False))]
+    raise RecipeError("\n".join(texts))
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copy(entry) for key, entry in value.items()}
+    return [_copy(entry) for entry in value] if isinstance(value, list) else value
+
+
+def _index(target: list[Any], key: str, override: str) -> int:
+    if not key.isdigit() or int(key) >= len(target):
+        raise RecipeError(f"--set {override}: there is no entry '{key}' in a list of {len(target)}.")
+    return int(key)
+
+
+def _enter(target: Any, key: str, override: str) -> Any:
+    if isinstance(target, list):
+        return target[_index(target, key, override)]
+    if not isinstance(target, dict):
+        raise RecipeError(f"--set {override}: there is nothing below '{target}' to set.", remedy="Set the key above.")
+    if target.get(key) is None:
+        target[key] = {}
+    return target[key]
+
+
+def _assign(target: Any, key: str, value: Any, override: str) -> None:
+    if isinstance(target, list):
+        target[_index(target, key, override)] = value
+    elif isinstance(target, dict):
+        target[key] = value
+    else:
+        raise RecipeError(f"--set {override}: there is nothing below '{target}' to set.", remedy="Set the key above.")
+
+
+def _distinct(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
+    """The first error of each place: a union reports one for each of its types."""
+    found: dict[Location, ErrorDetails] = {}
+    for error in errors:
+        found.setdefault(_known_location(error), error)
+    return list(found.values())
+
+
+def _known_location(error: ErrorDetails) -> Location:
+    """The place of an error without the names of union members, which pydantic appends."""
+    location: list[str | int] = []
+    model: type[BaseModel] | None = Recipe
+    for position, step in enumerate(error["loc"]):
+        last = position == len(error["loc"]) - 1
+        if isinstance(step, str) and (model is None or step not in model.model_fields):
+            if not (last and error["type"] == "extra_forbidden"):
+                break
+            model = None
+        elif isinstance(step, str) and model is not None:
+            model = _part(model.model_fields[step].annotation)
+        location.append(step)
+    return tuple(location)
+
+
+def _part(annotation: Any) -> type[BaseModel] | None:
+    """The recipe part inside an annotation such as `list[Part]` or `Part | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    parts = (_part(argument) for argument in typing.get_args(annotation))
+    return next((part for part in parts if part is not None), None)
+
+
+def _model_at(location: Location) -> type[BaseModel]:
+    model: type[BaseModel] = Recipe
+    for step in location:
+        if isinstance(step, str):
+            model = _part(model.model_fields[step].annotation) or model
+    return model
+
+
+def _explain(error: ErrorDetails, document: Document | None, settings: Mapping[str, str]) -> str:
+    location = _known_location(error)
+    name = ".".join(str(step) for step in location)
+    where = _where(location, name, document, settings)
+    if error["type"] == "extra_forbidden":
+        known = sorted(_model_at(location[:-1]).model_fields)
+        close = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        hint = f"Did you mean '{close[0]}'?" if close else f"Known here: {', '.join(known)}."
+        return f"{where}unknown key '{name}'. {hint}"
+    if error["type"] == "missing":
+        return f"{where}the key '{name}' is missing."
+    allowed = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if not name:
+        return f"{where}{allowed}."
+    return f"{where}'{name}' is {error['input']!r}. Allowed: {allowed}."
+
+
+def _where(location: Location, name: str, document: Document | None, settings: Mapping[str, str]) -> str:
+    for path, override in settings.items():
+        if name == path or name.startswith(f"{path}."):
+            return f"--set {override}: "
+    if document is None:
+        return ""
+    line = document.line(location)
+    return f"{document.name}:{line}: " if line is not None else f"{document.name}: "

@@ -1,0 +1,147 @@
+"""The typed recipe, version 1. Every field with its unit, range and default; unknown keys are errors.
+
+Paths are relative to the folder that the command runs in. A recipe of one stage writes its result to `out` itself; one
+of several writes `out/distilled`, `out/quantized`, `out/<format>`, and `out/report.json`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from compress.recipe.method import Method
+
+Count = Annotated[int, Field(ge=1)]
+Text = Annotated[str, Field(min_length=1)]
+DataList = Annotated[
+    list[Text], BeforeValidator(lambda value: [value] if isinstance(value, str) else value), Field(min_length=1)
+]
+"""One source of data or several, one after the other; a single string may stand for a list of one."""
+
+
+class Part(BaseModel):
+    """Base of the recipe's parts: strict types, no unknown keys, no change once made."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class StudentRecipe(Part):
+    """A student with random weights, instead of a model that exists."""
+
+    config: Text = Field(description="path of the config JSON of a transformers model")
+    tokenizer: Text | None = Field(
+        None, description="a model whose tokenizer to use; without one, it is trained on `data`"
+    )
+
+
+class DistillRecipe(Part):
+    """Train the model (the student) on data, to be like a teacher."""
+
+    teacher: Text | None = Field(None, description="a model; without one, losses on labels alone")
+    data: DataList = Field(description="sources of text, one after the other")
+    losses: list[Method] = Field(min_length=1, description="NAME[:key=value,...]; weight=W weighs a loss in the sum")
+    steps: Count = Field(1000, description="optimizer steps")
+    batch_size: Count = Field(16, description="sequences per forward pass")
+    gradient_accumulation: Count = Field(1, description="forward passes per optimizer step")
+    context: int = Field(256, ge=2, description="tokens per sequence")
+    learning_rate: float = Field(1e-3, gt=0, description="peak of the schedule")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
+    weight_decay: float = Field(0.01, ge=0)
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the forward pass; weights are float32")
+    compile: bool = Field(False, description="compile the student with torch.compile")
+    save_every: Count = Field(100, description="steps between checkpoints")
+    log_every: Count = Field(10, description="steps between log lines")
+    max_seconds: float | None = Field(
+        None, gt=0, description="end after this time with the schedule driven by it; the result depends on the machine"
+    )
+    student: StudentRecipe | None = Field(None, description="start from random weights instead of `model`")
+
+
+class QuantizeRecipe(Part):
+    """Give the linear maps of the model's blocks few bits."""
+
+    bits: float = Field(gt=0, le=32, description="bits per weight over the target set, everything stored counted")
+    codec: Method = Method(name="pyramid")
+    max_shard_bytes: Count = Field(5_000_000_000, description="size at which a new weight file is begun")
+
+
+class ExportRecipe(Part):
+    """Write the model in another format."""
+
+    to: Literal["onnx"]
+
+
+class EvaluateRecipe(Part):
+    """Measure the result, and models beside it, on data."""
+
+    data: DataList
+    context: int = Field(256, ge=2, description="tokens per window")
+    limit: Count | None = Field(None, description="tokens at most; without it, all of the data")
+    reference: Text | None = Field(None, description="the model to compare logits with")
+    compare: list[Text] = Field([], description="further models to measure, in the same table")
+    tokens_per_second: bool = False
+    samples: int = Field(0, ge=0, description="texts to generate")
+
+
+class Recipe(Part):
+    """What is wanted: a model, the stages it goes through, and where the result goes."""
+
+    version: Literal[1] = 1
+    model: Text | None = Field(None, description="a folder, a hub id, builtin:teacher or builtin:student")
+    seed: int = Field(0, ge=0, lt=2**32)
+    device: Text = Field("cpu", description="a torch device")
+    out: Text = Field(description="folder of the result")
+    work: Text | None = Field(None, description="work folder; without it, one beside `out`")
+    trust_remote_code: bool = Field(False, description="let a model bring its own code")
+    distill: DistillRecipe | None = None
+    quantize: QuantizeRecipe | None = None
+    export: list[ExportRecipe] = []
+    evaluate: EvaluateRecipe | None = None
+
+    @model_validator(mode="after")
+    def _coherent(self) -> Recipe:
+        from_scratch = self.distill is not None and self.distill.student is not None
+        if from_scratch == (self.model is not None):
+            raise ValueError("exactly one of `model` and `distill.student` names what to start from")
+        if not self.stages:
+            raise ValueError("at least one of distill, quantize, export, evaluate is needed")
+        formats = [export.to for export in self.export]
+        if len(set(formats)) < len(formats):
+            raise ValueError("`export` names a format twice")
+        return self
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The names of the stages that the recipe asks for, in order; one `export` for each format."""
+        names = [name for name, part in (("distill", self.distill), ("quantize", self.quantize)) if part is not None]
+        names += [f"export:{export.to}" for export in self.export]
+        return (*names, *(["evaluate"] if self.evaluate is not None else []))
+
+    def arguments(self) -> dict[str, Any]:
+        """Every value by its dotted name: what a work folder compares when a run is taken up again."""
+        return flatten(self.model_dump(mode="json", exclude={"work"}))
+
+    @classmethod
+    def json_schema(cls) -> dict[str, Any]:
+        """The JSON Schema of a recipe file, for editors."""
+        return {"$schema": "https://json-schema.org/draft/2020-12/schema", **cls.model_json_schema()}
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings and lists as one flat mapping with dotted names; `{"a": [1, {"b": 2}]}` has `a.0` and `a.1.b`."""
+    entries: dict[str, Any]
+    if isinstance(value, Mapping) and value:
+        entries = dict(value)
+    elif isinstance(value, list) and value:
+        entries = {str(index): entry for index, entry in enumerate(value)}
+    else:
+        return {prefix: value}
+    return {
+        name: leaf
+        for key, entry in entries.items()
+        for name, leaf in flatten(entry, f"{prefix}.{key}" if prefix else key).items()
+    }

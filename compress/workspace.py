@@ -1,0 +1,368 @@
+"""What has been done, and whether it can be trusted after a crash.
+
+A work folder holds the intermediate results of one run:
+
+| file | what |
+|---|---|
+| `lock` | locked (flock) by the process that works here; the kernel frees it when that process dies |
+| `fingerprint.json` | the arguments of the run; other arguments are refused |
+| `manifest.json` | the units that are done: a record of each, with size and sha256 of its files |
+| `log.jsonl` | every event |
+
+The rule that survives kill -9 and power loss: a unit's files are written and synced first, and only then does the
+manifest, replaced by one atomic rename, say that the unit exists. What the manifest does not name never happened. A
+whole result appears the same way: it is built beside its final place, synced, and renamed (`publish`). Before the
+rename `Workspace.publish` notes the digest of what will appear, so that a run killed right after it still knows that
+the folder in the final place is its own.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import compress
+from compress.errors import UsageError, WorkspaceError
+from compress.events import Events, JsonlLog
+
+FORMAT_VERSION = 1
+ARTIFACT_MARK = "compress.json"
+"""A folder that holds this file was written by us; only such a folder, or an empty one, is ever replaced."""
+
+Json = Any
+"""Whatever `json.loads` can return."""
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn the `OSError` of a full disk, a quota or missing rights at `path` into a `WorkspaceError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = "Free some space and run the same command again: it takes up where it stopped."
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            remedy = "Name a folder that you may write to."
+        else:
+            raise
+        raise WorkspaceError(f"Cannot write '{path}': {error.strerror}.", remedy=remedy) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the entries of `folder` durable (an fsync of the folder itself)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Make the content of a file durable."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def sync_tree(folder: Path) -> None:
+    """Make a folder with all that is in it durable, the inner ones first."""
+    for root, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            sync_file(Path(root, name))
+        sync_folder(Path(root))
+
+
+def atomic_write(path: Path, payload: bytes) -> None:
+    """Write a file so that `path` holds the old content or the new, whatever happens in between.
+
+    Raises `WorkspaceError` on a full disk or missing rights, and leaves nothing behind then.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with disk_errors(path):
+        try:
+            with temporary.open("wb") as stream:
+                stream.write(payload)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Json) -> None:
+    """Write JSON that a person can read, atomically."""
+    atomic_write(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's content."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def tree_sha256(folder: Path) -> str:
+    """One hex SHA-256 over the relative paths and contents of all files below `folder`, in the order of the paths."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{file_sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def seal(folder: Path) -> None:
+    """Write `compress.json` into a finished folder: size and sha256 of every file in it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / ARTIFACT_MARK)
+    entries = {path.relative_to(folder).as_posix(): _file_entry(path) for path in files}
+    producer = f"compress {compress.__version__}"
+    write_json(folder / ARTIFACT_MARK, {"format_version": FORMAT_VERSION, "producer": producer, "files": entries})
+
+
+def _file_entry(path: Path) -> dict[str, Json]:
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def check_free(final: Path, overwrite: bool = False) -> None:
+    """Refuse a place that a result may not take: something is there and is not to be, or must not be, replaced.
+
+    A missing or empty folder is free. Raises `UsageError`.
+    """
+    if not final.exists() or (final.is_dir() and not any(final.iterdir())):
+        return
+    if not final.is_dir():
+        raise UsageError(f"'{final}' exists and is no folder.", remedy="Name another --out.")
+    if not overwrite:
+        raise UsageError(
+            f"The folder '{final}' exists and is not empty.",
+            remedy="Name another --out, or replace an older result with --restart.",
+        )
+    if not (final / ARTIFACT_MARK).is_file():
+        raise UsageError(
+            f"The folder '{final}' holds something that compress did not write (there is no {ARTIFACT_MARK} in it).",
+            remedy="Name another --out, or remove the folder yourself.",
+        )
+
+
+def stage_beside(final: Path) -> Path:
+    """A path beside `final`, hence on its file system, to build it in. What a killed run left there is removed."""
+    staged = final.with_name(f".{final.name}.compress-partial")
+    with disk_errors(final):
+        if staged.exists():
+            shutil.rmtree(staged)
+        staged.parent.mkdir(parents=True, exist_ok=True)
+    return staged
+
+
+def publish(staged: Path, final: Path, overwrite: bool = False) -> None:
+    """Move the finished folder `staged` to `final`, on the same file system, so that it appears whole or not at all.
+
+    With `overwrite` an older artifact of ours gives way; it is moved aside first and removed last. Raises `UsageError`
+    where `check_free` does, `WorkspaceError` on a full disk or missing rights.
+    """
+    check_free(final, overwrite)
+    with disk_errors(final):
+        sync_tree(staged)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        aside = final.with_name(f".{final.name}.compress-old")
+        if aside.exists():
+            shutil.rmtree(aside)
+        if final.exists() and any(final.iterdir()):
+            final.rename(aside)
+        staged.rename(final)
+        sync_folder(final.parent)
+        if aside.exists():
+            shutil.rmtree(aside)
+
+
+def _read_json(path: Path) -> Json:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise WorkspaceError(f"'{path}' is damaged: {error}.", remedy="Begin anew with --restart.") from error
+
+
+def _differences(stored: Mapping[str, Json], given: Mapping[str, Json]) -> list[str]:
+    """One text for each argument whose value is not the stored one."""
+    absent = "nothing"
+    names = sorted(stored.keys() | given.keys())
+    pairs = [(name, stored.get(name, absent), given.get(name, absent)) for name in names]
+    return [f"{name} was {old!r} and is now {new!r}" for name, old, new in pairs if old != new]
+
+
+class Workspace:
+    """An open work folder. Made by `Workspace.open`; its methods may be called until the `with` block ends.
+
+    `events` are the caller's, with the folder's log added. `overwrite` says that the run was begun with `restart`, so
+    its results may replace older ones; this is remembered by the folder, for a run that is taken up later.
+    """
+
+    def __init__(self, folder: Path, events: Events, overwrite: bool) -> None:
+        self.folder = folder
+        self.events = events
+        self.overwrite = overwrite
+        manifest = folder / "manifest.json"
+        self._units: dict[str, Json] = _read_json(manifest)["units"] if manifest.exists() else {}
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls, folder: Path, arguments: Mapping[str, Json], restart: bool = False, events: Events | None = None
+    ) -> Iterator[Workspace]:
+        """Lock `folder` (made if missing) for a run with `arguments`: flat, dotted names and plain values.
+
+        Raises `WorkspaceError` when a live process works there, when the folder was made with other arguments (each is
+        named, with both values), when it is no work folder, or cannot be written. `restart` discards what was done.
+        """
+        with disk_errors(folder):
+            if folder.is_dir() and not _is_ours(folder):
+                raise WorkspaceError(
+                    f"'{folder}' is not empty and no work folder.", remedy="Name a new or empty folder with --work."
+                )
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / "lock").open("ab")
+        with lock:
+            _lock(lock, folder)
+            if restart:
+                _clear(folder)
+            overwrite = _settle_fingerprint(folder, json.loads(json.dumps(arguments)), restart)
+            with disk_errors(folder):
+                log = JsonlLog(folder / "log.jsonl")
+            listeners = events.listeners if events is not None else ()
+            try:
+                yield cls(folder, Events((*listeners, log)), overwrite)
+            finally:
+                log.close()
+
+    def path(self, *parts: str) -> Path:
+        """A path inside the folder; its parent is made."""
+        path = self.folder.joinpath(*parts)
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def units(self) -> tuple[str, ...]:
+        """The committed units, oldest first. Their files are verified only by `done`."""
+        return tuple(self._units)
+
+    def done(self, unit: str) -> dict[str, Json] | None:
+        """The record of a committed unit whose files are all there with the same bytes; otherwise None.
+
+        A unit with a missing or changed file counts as not done, and a `warning` says so.
+        """
+        entry = self._units.get(unit)
+        if entry is None:
+            return None
+        for name, stored in entry["files"].items():
+            path = self.folder / name
+            if not path.is_file() or path.stat().st_size != stored["bytes"] or _file_entry(path) != stored:
+                self.events.emit("warning", text=f"'{path}' is missing or changed; '{unit}' is done again.")
+                return None
+        return dict(entry["record"])
+
+    def commit(self, unit: str, files: Sequence[Path], record: Mapping[str, Json]) -> None:
+        """Say that `unit` is done: `files`, already written below the folder, and a plain record of it.
+
+        Returns when files and manifest are durable. A unit that exists is replaced.
+        """
+        entries: dict[str, Json] = {}
+        with disk_errors(self.folder):
+            for path in files:
+                sync_file(path)
+                name = path.relative_to(self.folder).as_posix()
+                entries[name] = _file_entry(path)
+            for parent in {folder for path in files for folder in self._between(path)}:
+                sync_folder(parent)
+        self._write({**self._units, unit: {"files": entries, "record": dict(record)}})
+
+    def drop(self, unit: str) -> None:
+        """Forget a unit and remove its files; in this order, so that the manifest never names a file that is gone."""
+        entry = self._units.get(unit)
+        if entry is None:
+            return
+        self._write({name: kept for name, kept in self._units.items() if name != unit})
+        for name in entry["files"]:
+            (self.folder / name).unlink(missing_ok=True)
+
+    def publish(self, unit: str, staged: Path, final: Path, record: Mapping[str, Json]) -> None:
+        """Let the finished folder `staged` appear at `final` (see `publish`), and know it again after any crash."""
+        check_free(final, self.overwrite)
+        self.commit(unit, [], {**record, "published": {"path": str(final), "sha256": tree_sha256(staged)}})
+        publish(staged, final, self.overwrite)
+
+    def published(self, unit: str, final: Path) -> dict[str, Json] | None:
+        """The record of a unit that was published to `final` and is still there unchanged; otherwise None."""
+        record = self.done(unit)
+        if record is None or not final.is_dir():
+            return None
+        stamp = record.pop("published")
+        return record if tree_sha256(final) == stamp["sha256"] else None
+
+    def _between(self, path: Path) -> list[Path]:
+        """The folders from the parent of `path` up to this work folder."""
+        folders = [path.parent]
+        while folders[-1] != self.folder:
+            folders.append(folders[-1].parent)
+        return folders
+
+    def _write(self, units: dict[str, Json]) -> None:
+        write_json(self.folder / "manifest.json", {"format_version": FORMAT_VERSION, "units": units})
+        self._units = units
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether `folder` is a work folder, or so empty that it may become one (a killed start leaves only the lock)."""
+    names = {path.name for path in folder.iterdir()}
+    return "fingerprint.json" in names or names <= {"lock", ".fingerprint.json.tmp"}
+
+
+def _lock(lock: BinaryIO, folder: Path) -> None:
+    try:
+        fcntl.flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = (folder / "lock").read_text().strip()
+        raise WorkspaceError(
+            f"Another process ({holder}) works in '{folder}'.",
+            remedy="Wait for it, or name another folder with --work.",
+        ) from None
+    lock.truncate(0)
+    lock.write(f"pid {os.getpid()}".encode())
+    lock.flush()
+
+
+def _clear(folder: Path) -> None:
+    """Remove what earlier runs left, the manifest first (nothing is done any more) and the fingerprint last."""
+    (folder / "manifest.json").unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if path.name in ("lock", "fingerprint.json"):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    (folder / "fingerprint.json").unlink(missing_ok=True)
+
+
+def _settle_fingerprint(folder: Path, arguments: dict[str, Json], restart: bool) -> bool:
+    """Store the arguments of a fresh folder, or compare with the stored ones. Returns the folder's `overwrite`."""
+    path = folder / "fingerprint.json"
+    if not path.exists():
+        write_json(path, {"format_version": FORMAT_VERSION, "overwrite": restart, "arguments": arguments})
+        return restart
+    stored = _read_json(path)
+    if stored["format_version"] != FORMAT_VERSION:
+        raise WorkspaceError(
+            f"'{folder}' was made by another version of compress.", remedy="Begin anew with --restart."
+        )
+    if changed := _differences(stored["arguments"], arguments):
+        raise WorkspaceError(
+            f"The work folder '{folder}' belongs to a run with other arguments: {'; '.join(changed)}.",
+            remedy="Use the same arguments to go on, --restart to begin anew, or another --work.",
+        )
+    return bool(stored["overwrite"])

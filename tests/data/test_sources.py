@@ -1,0 +1,83 @@
+"""Sources of text against the files they come from."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import sysconfig
+from pathlib import Path
+
+import pytest
+from compress.data import fingerprint, text_source
+from compress.data.python_source import is_validation
+from compress.errors import DataError
+
+
+def test_python_splits_are_disjoint_and_cover_the_library() -> None:
+    train = {document.name for document in text_source("builtin:python/train").documents()}
+    val = {document.name for document in text_source("builtin:python/val").documents()}
+    assert not train & val
+    assert {"argparse.py", "json/decoder.py"} <= train | val
+    assert not any("test" in Path(name).parts or "site-packages" in name for name in train | val)
+    assert 0.03 < len(val) / len(train | val) < 0.12
+    for name in sorted(val)[:5]:
+        assert hashlib.sha256(name.encode()).hexdigest() < "10"
+        assert (Path(sysconfig.get_paths()["stdlib"]) / name).is_file()
+
+
+def test_split_depends_on_nothing_but_the_name() -> None:
+    assert [is_validation(name) for name in ("argparse.py", "json/decoder.py", "ast.py")] == [
+        int(hashlib.sha256(name.encode()).hexdigest()[:2], 16) < 16
+        for name in ("argparse.py", "json/decoder.py", "ast.py")
+    ]
+
+
+def test_fingerprint_changes_with_the_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("héllo\n", encoding="utf-8")
+    first = fingerprint(text_source(f"text:{tmp_path / 'a.txt'}"))
+    assert (first.documents, first.bytes) == (1, 7)
+    (tmp_path / "a.txt").write_text("hallo\n", encoding="utf-8")
+    assert fingerprint(text_source(f"text:{tmp_path / 'a.txt'}")).sha256 != first.sha256
+
+
+def test_json_csv_and_chains(tmp_path: Path) -> None:
+    records = [{"q": "one", "a": "1"}, {"q": "two", "a": "2"}]
+    (tmp_path / "list.json").write_text(json.dumps(records))
+    (tmp_path / "lines.json").write_text("\n".join(json.dumps(record) for record in records))
+    with (tmp_path / "t.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, ["q", "a"])
+        writer.writeheader()
+        writer.writerows([*records, {"q": "th\nree", "a": '3 "x"'}])
+    for name in ("list", "lines"):
+        texts = [d.text for d in text_source(f"json:{tmp_path / f'{name}.json'}#q").documents()]
+        assert texts == ["one", "two"]
+    texts = [d.text for d in text_source([f"csv:{tmp_path / 't.csv'}#q,a", f"json:{tmp_path / 'list.json'}#a"]).documents()]
+    assert texts == ["one\n1", "two\n2", 'th\nree\n3 "x"', "1", "2"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("nonsense", "of no known kind"),
+        ("builtin:python/test", "no split 'test'"),
+        ("builtin:ruby/train", "no built-in data"),
+        ("text:{here}/missing.txt", "no file"),
+        ("text:{here}", "is a folder"),
+        ("text:{here}/latin.txt", "not UTF-8 text: byte 1"),
+        ("text:{here}/empty.txt", "holds no text"),
+        ("json:{here}/latin.txt", "names no field"),
+        ("json:{here}/bad.json#q", "neither a JSON list nor JSON lines"),
+        ("json:{here}/good.json#x", "Record 0 .* has no field 'x' .it has: q"),
+        ("csv:{here}/good.csv#x", "no column 'x' .it has: a, b"),
+        ("packages:no_such_package", "'no_such_package' .* is not installed"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path: Path, spec: str, message: str) -> None:
+    (tmp_path / "latin.txt").write_bytes("né".encode("latin-1"))
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "good.json").write_text('[{"q": "1"}]')
+    (tmp_path / "good.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(DataError, match=message):
+        fingerprint(text_source(spec.format(here=tmp_path)))
