@@ -147,6 +147,12 @@ class TerminalProgress:
         elif event.kind == "stage_end":
             self._line(f"{event.data['stage']}: done in {duration(event.data['seconds'])}")
 
+    def close(self) -> None:
+        """End a line that is being redrawn, so that what comes next has a line of its own."""
+        if self._drawn:
+            self._stream.write("\n")
+            self._drawn = False
+
     def _step(self, data: dict[str, Any]) -> None:
         index, total = data["index"], data["total"]
         parts = [f"{data['stage']} {index}/{total}", str(data["name"])]

@@ -18,167 +18,54 @@ the folder in the final place is its own.
 
 from __future__ import annotations
 
-import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-import compress
-from compress.errors import UsageError, WorkspaceError
+from compress.errors import WorkspaceError
 from compress.events import Events, JsonlLog
+from compress.storage import (
+    ARTIFACT_MARK,
+    FORMAT_VERSION,
+    Json,
+    atomic_write,
+    check_free,
+    discard_staged,
+    disk_errors,
+    file_entry,
+    file_sha256,
+    publish,
+    seal,
+    stage_beside,
+    sync_file,
+    sync_folder,
+    sync_tree,
+    tree_sha256,
+    write_json,
+)
 
-FORMAT_VERSION = 1
-ARTIFACT_MARK = "compress.json"
-"""A folder that holds this file was written by us; only such a folder, or an empty one, is ever replaced."""
-
-Json = Any
-"""Whatever `json.loads` can return."""
-
-
-@contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn the `OSError` of a full disk, a quota or missing rights at `path` into a `WorkspaceError`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            remedy = "Free some space and run the same command again: it takes up where it stopped."
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            remedy = "Name a folder that you may write to."
-        else:
-            raise
-        raise WorkspaceError(f"Cannot write '{path}': {error.strerror}.", remedy=remedy) from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the entries of `folder` durable (an fsync of the folder itself)."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_file(path: Path) -> None:
-    """Make the content of a file durable."""
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-
-
-def sync_tree(folder: Path) -> None:
-    """Make a folder with all that is in it durable, the inner ones first."""
-    for root, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            sync_file(Path(root, name))
-        sync_folder(Path(root))
-
-
-def atomic_write(path: Path, payload: bytes) -> None:
-    """Write a file so that `path` holds the old content or the new, whatever happens in between.
-
-    Raises `WorkspaceError` on a full disk or missing rights, and leaves nothing behind then.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    with disk_errors(path):
-        try:
-            with temporary.open("wb") as stream:
-                stream.write(payload)
-                stream.flush()
-                os.fsync(stream.fileno())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        sync_folder(path.parent)
-
-
-def write_json(path: Path, value: Json) -> None:
-    """Write JSON that a person can read, atomically."""
-    atomic_write(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
-
-
-def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file's content."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def tree_sha256(folder: Path) -> str:
-    """One hex SHA-256 over the relative paths and contents of all files below `folder`, in the order of the paths."""
-    digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{file_sha256(path)}\n".encode())
-    return digest.hexdigest()
-
-
-def seal(folder: Path) -> None:
-    """Write `compress.json` into a finished folder: size and sha256 of every file in it."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / ARTIFACT_MARK)
-    entries = {path.relative_to(folder).as_posix(): _file_entry(path) for path in files}
-    producer = f"compress {compress.__version__}"
-    write_json(folder / ARTIFACT_MARK, {"format_version": FORMAT_VERSION, "producer": producer, "files": entries})
-
-
-def _file_entry(path: Path) -> dict[str, Json]:
-    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-
-
-def check_free(final: Path, overwrite: bool = False) -> None:
-    """Refuse a place that a result may not take: something is there and is not to be, or must not be, replaced.
-
-    A missing or empty folder is free. Raises `UsageError`.
-    """
-    if not final.exists() or (final.is_dir() and not any(final.iterdir())):
-        return
-    if not final.is_dir():
-        raise UsageError(f"'{final}' exists and is no folder.", remedy="Name another --out.")
-    if not overwrite:
-        raise UsageError(
-            f"The folder '{final}' exists and is not empty.",
-            remedy="Name another --out, or replace an older result with --restart.",
-        )
-    if not (final / ARTIFACT_MARK).is_file():
-        raise UsageError(
-            f"The folder '{final}' holds something that compress did not write (there is no {ARTIFACT_MARK} in it).",
-            remedy="Name another --out, or remove the folder yourself.",
-        )
-
-
-def stage_beside(final: Path) -> Path:
-    """A path beside `final`, hence on its file system, to build it in. What a killed run left there is removed."""
-    staged = final.with_name(f".{final.name}.compress-partial")
-    with disk_errors(final):
-        if staged.exists():
-            shutil.rmtree(staged)
-        staged.parent.mkdir(parents=True, exist_ok=True)
-    return staged
-
-
-def publish(staged: Path, final: Path, overwrite: bool = False) -> None:
-    """Move the finished folder `staged` to `final`, on the same file system, so that it appears whole or not at all.
-
-    With `overwrite` an older artifact of ours gives way; it is moved aside first and removed last. Raises `UsageError`
-    where `check_free` does, `WorkspaceError` on a full disk or missing rights.
-    """
-    check_free(final, overwrite)
-    with disk_errors(final):
-        sync_tree(staged)
-        final.parent.mkdir(parents=True, exist_ok=True)
-        aside = final.with_name(f".{final.name}.compress-old")
-        if aside.exists():
-            shutil.rmtree(aside)
-        if final.exists() and any(final.iterdir()):
-            final.rename(aside)
-        staged.rename(final)
-        sync_folder(final.parent)
-        if aside.exists():
-            shutil.rmtree(aside)
+__all__ = [
+    "ARTIFACT_MARK",
+    "Workspace",
+    "atomic_write",
+    "check_free",
+    "discard_staged",
+    "disk_errors",
+    "file_sha256",
+    "publish",
+    "seal",
+    "stage_beside",
+    "sync_file",
+    "sync_folder",
+    "sync_tree",
+    "tree_sha256",
+    "write_json",
+]
 
 
 def _read_json(path: Path) -> Json:
@@ -261,7 +148,7 @@ class Workspace:
             return None
         for name, stored in entry["files"].items():
             path = self.folder / name
-            if not path.is_file() or path.stat().st_size != stored["bytes"] or _file_entry(path) != stored:
+            if not path.is_file() or path.stat().st_size != stored["bytes"] or file_entry(path) != stored:
                 self.events.emit("warning", text=f"'{path}' is missing or changed; '{unit}' is done again.")
                 return None
         return dict(entry["record"])
@@ -276,7 +163,7 @@ class Workspace:
             for path in files:
                 sync_file(path)
                 name = path.relative_to(self.folder).as_posix()
-                entries[name] = _file_entry(path)
+                entries[name] = file_entry(path)
             for parent in {folder for path in files for folder in self._between(path)}:
                 sync_folder(parent)
         self._write({**self._units, unit: {"files": entries, "record": dict(record)}})

@@ -51,12 +51,9 @@ COMPRESS_HD int first_largest(const float* merit) {
   return i;
 }
 
-// The integers y >= 0 nearest to q with sum y = pulses and y_i <= capacity_i: rounding after a common shift, then the
-// cheapest single steps.
+// Rounds q after the common shift theta that about makes the sum right; returns the sum.
 template <int P>
-COMPRESS_HD void project(const float* q, const float* capacity, float inverse_dim, int pulses, float* y) {
-  float scratch[P];
-  const float theta = (tree_sum<P>(q) - static_cast<float>(pulses)) * inverse_dim;
+COMPRESS_HD int round_shifted(const float* q, const float* capacity, float theta, float* y) {
   int sum = 0;
   for (int i = 0; i < P; ++i) {
     float v = q[i] - theta;
@@ -66,14 +63,34 @@ COMPRESS_HD void project(const float* q, const float* capacity, float inverse_di
     y[i] = static_cast<float>(whole);
     sum += whole;
   }
+  return sum;
+}
+
+// Brings sum y to `pulses` by the cheapest single steps.
+template <int P>
+COMPRESS_HD void repair(const float* q, const float* capacity, int sum, int pulses, float* y) {
+  float merit[P];
   for (; sum < pulses; ++sum) {
-    for (int i = 0; i < P; ++i) scratch[i] = y[i] < capacity[i] ? q[i] - y[i] : -INFINITY;
-    y[first_largest<P>(scratch)] += 1.0f;
+    for (int i = 0; i < P; ++i) merit[i] = y[i] < capacity[i] ? q[i] - y[i] : -INFINITY;
+    y[first_largest<P>(merit)] += 1.0f;
   }
   for (; sum > pulses; --sum) {
-    for (int i = 0; i < P; ++i) scratch[i] = y[i] > 0.0f ? y[i] - q[i] : -INFINITY;
-    y[first_largest<P>(scratch)] -= 1.0f;
+    for (int i = 0; i < P; ++i) merit[i] = y[i] > 0.0f ? y[i] - q[i] : -INFINITY;
+    y[first_largest<P>(merit)] -= 1.0f;
   }
+}
+
+// Whether no y of the level can have an error below `best`. Rounding after a shift by theta minimises the Lagrangian
+// sum (q - y)^2 + 2 theta (sum y - K), so its value, times level^2, bounds the level's error from below. The margin is
+// a hundred times the rounding of these sums: a level that is passed over could not have won, so the result is the same.
+template <int P>
+COMPRESS_HD bool cannot_win(const float* q, const float* y, float theta, int excess, float level, float best) {
+  float square[P];
+  for (int i = 0; i < P; ++i) square[i] = (q[i] - y[i]) * (q[i] - y[i]);
+  const float distance = tree_sum<P>(square);
+  const float price = 2.0f * theta * static_cast<float>(excess);
+  const float margin = 1e-4f * (distance + (price < 0.0f ? -price : price));
+  return level * level * (distance + price - margin) > best;
 }
 
 // The codebook's first vector: the last coordinates carry as much as they may.
@@ -83,6 +100,15 @@ COMPRESS_HD void first_codeword(int dim, int pulses, int limit, int8_t* y) {
     y[i] = static_cast<int8_t>(here);
     pulses -= here;
   }
+}
+
+// A level to begin with, near the best: the larger of those that match the group's L1 norm.
+template <int P>
+COMPRESS_HD int first_guess(const float* a, const float* levels, int level_count, int pulses) {
+  const float total = tree_sum<P>(a);
+  int j = 0;
+  while (j < level_count - 1 && levels[j] * static_cast<float>(pulses) < total) ++j;
+  return j;
 }
 
 // Exact joint encode of one group: y[dim] and the returned level minimise ||x - scale * levels[j] * y||^2.
@@ -102,18 +128,23 @@ COMPRESS_HD int encode_group(const float* x, int dim, float scale, const float* 
     best_word[i] = 0.0f;
   }
   const float inverse_dim = 1.0f / static_cast<float>(dim);
+  const int start = first_guess<P>(a, levels, level_count, pulses);
   float best = INFINITY;
   int gain = 0;
-  for (int j = 0; j < level_count; ++j) {
+  for (int step = 0; step < level_count; ++step) {
+    const int j = step == 0 ? start : (step <= start ? step - 1 : step);
     for (int i = 0; i < P; ++i) q[i] = a[i] * inverse_levels[j];
-    project<P>(q, capacity, inverse_dim, pulses, word);
+    const float theta = (tree_sum<P>(q) - static_cast<float>(pulses)) * inverse_dim;
+    const int sum = round_shifted<P>(q, capacity, theta, word);
+    if (cannot_win<P>(q, word, theta, sum - pulses, levels[j], best)) continue;
+    repair<P>(q, capacity, sum, pulses, word);
     for (int i = 0; i < P; ++i) {
       const float product = levels[j] * word[i];
       const float residual = a[i] - product;
       q[i] = residual * residual;
     }
     const float error = tree_sum<P>(q);
-    if (error < best) {
+    if (step == 0 || error < best || (error == best && j < gain)) {
       best = error;
       gain = j;
       for (int i = 0; i < P; ++i) best_word[i] = word[i];

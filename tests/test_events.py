@@ -80,6 +80,11 @@ def test_terminal_redraws_one_line_and_clears_it_for_a_note() -> None:
     assert stream.getvalue().count("\n") == 1
     assert "[##########..........]" in stream.getvalue()
     assert stream.getvalue().endswith("\r\x1b[Khello\n")
+    progress.close()
+    assert stream.getvalue().endswith("hello\n"), "nothing is drawn, nothing is to be ended"
+    progress(step(4))
+    progress.close()
+    assert stream.getvalue().endswith("left\n")
 
 
 def test_quiet_leaves_only_warnings_and_verbose_keeps_every_line() -> None:

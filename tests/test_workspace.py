@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from compress import workspace as workspace_module
 from compress.errors import UsageError, WorkspaceError
@@ -21,6 +22,7 @@ from compress.workspace import (
     Workspace,
     atomic_write,
     check_free,
+    disk_errors,
     file_sha256,
     publish,
     seal,
@@ -196,7 +198,7 @@ def test_full_disk_leaves_the_old_file_and_no_half_one(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full) if call == "fsync" else patch.setattr(Path, "open", full)
-        with pytest.raises(WorkspaceError, match=r"No space left on device.*Free some space"):
+        with pytest.raises(WorkspaceError, match=r"no space left on the device.*Free some space"):
             atomic_write(path, b"new and longer")
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == ["manifest.json"]
@@ -216,6 +218,27 @@ def test_full_disk_while_committing_leaves_the_unit_undone(tmp_path: Path, monke
         assert work.done("two") is None
     with Workspace.open(tmp_path / "w", {}) as work:
         assert work.units() == ("one",)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 85120 vs 85008"),
+    ],
+)
+def test_every_way_to_say_that_the_disk_is_full(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(WorkspaceError, match="no space left on the device"), disk_errors(tmp_path):
+        raise error
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOENT, "No such file"), RuntimeError("shapes"), SafetensorError("x")])
+def test_other_errors_pass(tmp_path: Path, error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, disk_errors(tmp_path):
+        raise error
+    assert caught.value is error
 
 
 def test_missing_rights_are_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,9 +84,10 @@ def tokenize(source: TextSource, tokenizer: PreTrainedTokenizerBase, max_tokens:
     return TokenStream(torch.cat(ids), torch.cat(sizes))
 
 
-class SampledRows(Dataset):
-    """`count` training rows drawn from `rows` [N, context] in a seeded order: epoch e is a permutation of all rows given
-    by (seed, e). Item i depends on nothing but (seed, i), which is what makes a resumed training equal an unbroken one.
+class SampledRows(Dataset[dict[str, Tensor]]):
+    """`count` training rows drawn from `rows` [N, context] in a seeded order: epoch e is a permutation of all rows
+    given by (seed, e). Item i depends on nothing but (seed, i), which is what makes a resumed training equal an
+    unbroken one.
     """
 
     def __init__(self, rows: Tensor, count: int, seed: int) -> None:

@@ -5,4 +5,14 @@ from compress.losses.divergences import KL, kl_terms
 from compress.losses.labels import CrossEntropy
 from compress.losses.registry import NEEDS_TEACHER, loss_names, loss_options, make_loss
 
-__all__ = ["IGNORED", "KL", "NEEDS_TEACHER", "CrossEntropy", "TokenLoss", "kl_terms", "loss_names", "loss_options", "make_loss"]
+__all__ = [
+    "IGNORED",
+    "KL",
+    "NEEDS_TEACHER",
+    "CrossEntropy",
+    "TokenLoss",
+    "kl_terms",
+    "loss_names",
+    "loss_options",
+    "make_loss",
+]

@@ -29,9 +29,7 @@ def make_loss(name: str, *, reduction: str = "mean", **options: object) -> Token
     known = loss_options(name)
     for option in options:
         if option not in known:
-            raise UsageError(
-                f"The loss '{name}' has no option '{option}'.", remedy=_nearest(option, known, "It takes")
-            )
+            raise UsageError(f"The loss '{name}' has no option '{option}'.", remedy=_nearest(option, known, "It takes"))
     return _class_of(name)(reduction=reduction, **options)
 
 

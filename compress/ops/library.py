@@ -118,15 +118,17 @@ def _check_width(width: int) -> None:
 
 
 def _declare() -> None:
-    for schema in (
-        "pyramid_encode(Tensor x, Tensor scale, Tensor levels, int pulses, int limit) -> (Tensor, Tensor)",
-        "pyramid_rank(Tensor y, int pulses, int limit=-1) -> Tensor",
-        "pyramid_unrank(Tensor index, int dim, int pulses, int limit=-1) -> Tensor",
-        "pack_bits(Tensor values, int width) -> Tensor",
-        "unpack_bits(Tensor packed, int width, int count) -> Tensor",
+    """The schemas, each with its fake kernel."""
+    encode = "(Tensor x, Tensor scale, Tensor levels, int pulses, int limit) -> (Tensor, Tensor)"
+    for name, schema, fake in (
+        ("pyramid_encode", encode, _fake_encode),
+        ("pyramid_rank", "(Tensor y, int pulses, int limit=-1) -> Tensor", _fake_rank),
+        ("pyramid_unrank", "(Tensor index, int dim, int pulses, int limit=-1) -> Tensor", _fake_unrank),
+        ("pack_bits", "(Tensor values, int width) -> Tensor", _fake_pack),
+        ("unpack_bits", "(Tensor packed, int width, int count) -> Tensor", _fake_unpack),
     ):
-        name, _, signature = schema.partition("(")
-        torch.library.define(f"compress::{name}", f"({signature}")
+        torch.library.define(f"compress::{name}", schema)
+        torch.library.register_fake(f"compress::{name}", fake)
 
 
 def _attach(key: str, kernels: Backend) -> None:
@@ -167,35 +169,28 @@ def _attach(key: str, kernels: Backend) -> None:
         torch.library.impl(f"compress::{name}", key, kernel)
 
 
-_declare()
-
-
-@torch.library.register_fake("compress::pyramid_encode")
-def _(x: Tensor, scale: Tensor, levels: Tensor, pulses: int, limit: int) -> tuple[Tensor, Tensor]:
+def _fake_encode(x: Tensor, scale: Tensor, levels: Tensor, pulses: int, limit: int) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[:1], dtype=torch.int64)
 
 
-@torch.library.register_fake("compress::pyramid_rank")
-def _(y: Tensor, pulses: int, limit: int = -1) -> Tensor:
+def _fake_rank(y: Tensor, pulses: int, limit: int = -1) -> Tensor:
     return y.new_empty(y.shape[:1], dtype=torch.int64)
 
 
-@torch.library.register_fake("compress::pyramid_unrank")
-def _(index: Tensor, dim: int, pulses: int, limit: int = -1) -> Tensor:
+def _fake_unrank(index: Tensor, dim: int, pulses: int, limit: int = -1) -> Tensor:
     return index.new_empty((index.shape[0], dim), dtype=torch.int8)
 
 
-@torch.library.register_fake("compress::pack_bits")
-def _(values: Tensor, width: int) -> Tensor:
-    return values.new_empty((values.shape[0] * width + 7) // 8, dtype=torch.uint8)
+def _fake_pack(values: Tensor, width: int) -> Tensor:
+    return values.new_empty(reference.packed_bytes(values.shape[0], width), dtype=torch.uint8)
 
 
-@torch.library.register_fake("compress::unpack_bits")
-def _(packed: Tensor, width: int, count: int) -> Tensor:
+def _fake_unpack(packed: Tensor, width: int, count: int) -> Tensor:
     return packed.new_empty(count, dtype=torch.int64)
 
 
 LIBRARY_PATH = find_library()
+_declare()
 _attach("default", reference)
 if LIBRARY_PATH is not None:
     _attach("cpu", NativeLibrary(LIBRARY_PATH))

@@ -32,7 +32,7 @@ SIGNATURES: dict[str, list[type]] = {
 
 
 def find_library() -> Path | None:
-    """Where the compiled library lies, or None. Import's own search finds it in a checkout, a wheel, an editable one."""
+    """Where the compiled library lies, or None: the import system knows for checkouts and all kinds of installation."""
     spec = importlib.util.find_spec("compress._native")
     return Path(spec.origin) if spec is not None and spec.origin else None
 
@@ -66,9 +66,7 @@ class NativeLibrary:
         groups, dim = x.shape
         y = torch.empty((groups, dim), dtype=torch.int8)
         gain = torch.empty(groups, dtype=torch.int64)
-        self._call(
-            "compress_pyramid_encode", x, scale, levels, groups, dim, levels.numel(), pulses, limit, y, gain
-        )
+        self._call("compress_pyramid_encode", x, scale, levels, groups, dim, levels.numel(), pulses, limit, y, gain)
         return y, gain
 
     def pyramid_rank(self, y: Tensor, pulses: int, limit: int) -> Tensor:
@@ -86,9 +84,7 @@ class NativeLibrary:
         words = count_table(dim, pulses, limit)
         if self._call("compress_pyramid_unrank", index, words, index.numel(), dim, pulses, y):
             size = codebook_size(dim, pulses, limit)
-            raise CodecError(
-                f"An index lies outside its codebook of {size} vectors.", remedy="The codes are damaged."
-            )
+            raise CodecError(f"An index lies outside its codebook of {size} vectors.", remedy="The codes are damaged.")
         return y
 
     def pack_bits(self, values: Tensor, width: int) -> Tensor:

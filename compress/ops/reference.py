@@ -81,7 +81,7 @@ def _encode_chunk(x: Tensor, scale: Tensor, levels: Tensor, pulses: int, limit: 
         y = project(a * inverse[j], capacity, dim, pulses)
         residual = a - levels[j] * y
         error = tree_sum(residual * residual)
-        better = error < best
+        better = error < best if j else torch.ones_like(error, dtype=torch.bool)
         best = torch.where(better, error, best)
         word = torch.where(better.unsqueeze(-1), y, word)
         gain.masked_fill_(better, j)

@@ -30,7 +30,7 @@ def packaged_recipes() -> dict[str, Path]:
 def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a file, or the packaged one of that name, with `a.b=value` overrides. Raises `RecipeError`."""
     path, known = Path(reference), packaged_recipes()
-    if not path.exists() and reference in known:
+    if not path.is_file() and reference in known:
         path = known[reference]
     if not path.exists():
         close = difflib.get_close_matches(reference, known, n=1)

@@ -9,6 +9,7 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+
 from compress.data import fingerprint, text_source
 from compress.data.python_source import is_validation
 from compress.errors import DataError
@@ -52,7 +53,9 @@ def test_json_csv_and_chains(tmp_path: Path) -> None:
     for name in ("list", "lines"):
         texts = [d.text for d in text_source(f"json:{tmp_path / f'{name}.json'}#q").documents()]
         assert texts == ["one", "two"]
-    texts = [d.text for d in text_source([f"csv:{tmp_path / 't.csv'}#q,a", f"json:{tmp_path / 'list.json'}#a"]).documents()]
+    texts = [
+        d.text for d in text_source([f"csv:{tmp_path / 't.csv'}#q,a", f"json:{tmp_path / 'list.json'}#a"]).documents()
+    ]
     assert texts == ["one\n1", "two\n2", 'th\nree\n3 "x"', "1", "2"]
 
 

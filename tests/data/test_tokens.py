@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
+
 from compress.data import SampledRows, text_source, tokenize
 from compress.data.tokenizer import END_OF_TEXT, train_byte_bpe
 from compress.errors import DataError
-from transformers import PreTrainedTokenizerFast
 
 TEXT = "def f(x):\n    return x + 1  # naïve — 日本語 🙂\n" * 20
 

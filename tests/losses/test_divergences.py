@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+
 from compress.errors import UsageError
 from compress.losses import KL, CrossEntropy, kl_terms, loss_options, make_loss
 

@@ -1,0 +1,136 @@
+"""The commands that look: eval, inspect, list. They write no file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import click
+
+from .guard import Guarded
+from .options import device_option, json_option, shown, trust_option
+
+verbose_option = click.option("-v", "--verbose", is_flag=True, help="A traceback of errors.")
+
+
+@click.command("eval", cls=Guarded, short_help="Measure a model on text.")
+@click.argument("model", metavar="M")
+@click.option("--reference", metavar="M", default=None, help="Compare logits with this model's.")
+@click.option("--data", metavar="D", multiple=True, required=True, help="Text; several are chained.")
+@shown("--context", 256, "Tokens per window.", int)
+@click.option("--limit", type=int, default=None, help="Tokens at most.")
+@device_option
+@trust_option
+@json_option
+@verbose_option
+def evaluate(
+    model: str,
+    reference: str | None,
+    data: tuple[str, ...],
+    context: int | None,
+    limit: int | None,
+    device: str | None,
+    trust_remote_code: bool | None,
+    as_json: bool,
+    verbose: bool,
+) -> None:
+    """Measure model M on text: perplexity, bits per byte, and how far it is from a reference."""
+    from compress.evaluation.evaluate import evaluate as measure
+    from compress.recipe import make_recipe
+
+    from .quiet import hush_transformers
+    from .tables import models_text
+
+    hush_transformers()
+    asked = {"data": list(data), "reference": reference, "limit": limit, "context": context}
+    top = {"device": device, "trust_remote_code": trust_remote_code, "model": model, "out": "unused"}
+    recipe = make_recipe({**_given(top), "evaluate": _given(asked)})
+    part = recipe.evaluate
+    assert part is not None
+    figures = measure(
+        model,
+        data=part.data,
+        reference=part.reference,
+        context=part.context,
+        limit=part.limit,
+        device=recipe.device,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    click.echo(json.dumps(figures, indent=1, ensure_ascii=False) if as_json else models_text({model: figures}))
+
+
+def _given(options: Mapping[str, object]) -> dict[str, object]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+@click.command(cls=Guarded, short_help="What is in an artifact, matrix by matrix; verifies checksums.")
+@click.argument("folder", metavar="DIR", type=click.Path(path_type=Path))
+@json_option
+@verbose_option
+def inspect(folder: Path, as_json: bool, verbose: bool) -> None:
+    """What is in an artifact, matrix by matrix. Verifies checksums and reads every payload."""
+    from compress.formats.inspect import inspect_artifact
+    from compress.ops import backend
+
+    from .tables import figures_text, table
+
+    content = dataclasses.asdict(inspect_artifact(folder))
+    matrices = content.pop("rows")
+    figures = {**content, "folder": str(folder), "backend": backend()}
+    if as_json:
+        click.echo(json.dumps({**figures, "matrices": matrices}, indent=1, ensure_ascii=False))
+        return
+    click.echo(table(list(matrices[0]), [list(matrix.values()) for matrix in matrices]))
+    click.echo(f"\n{figures_text(figures)}")
+
+
+def _codecs() -> list[str]:
+    from compress.codecs import codec_names
+
+    return codec_names()
+
+
+def _losses() -> list[str]:
+    from compress.losses import loss_names, loss_options
+
+    return [f"{name}:{','.join(['weight', *loss_options(name)])}" for name in loss_names()]
+
+
+def _data() -> list[str]:
+    return [
+        "builtin:python/train", "builtin:python/val", "packages:NAME,NAME", "text:FILE", "json:FILE#FIELD",
+        "csv:FILE#FIELD,FIELD",
+    ]  # fmt: skip
+
+
+def _models() -> list[str]:
+    from compress.modeling.resolve import builtin_names
+
+    return [f"builtin:{name}" for name in builtin_names()]
+
+
+def _recipes() -> list[str]:
+    from compress.recipe import packaged_recipes
+
+    return list(packaged_recipes())
+
+
+LISTS: Mapping[str, Callable[[], list[str]]] = {
+    "codecs": _codecs,
+    "losses": _losses,
+    "data": _data,
+    "models": _models,
+    "recipes": _recipes,
+}
+
+
+@click.command("list", cls=Guarded)
+@click.argument("what", type=click.Choice(list(LISTS)))
+@json_option
+@verbose_option
+def list_(what: str, as_json: bool, verbose: bool) -> None:
+    """What there is to choose from."""
+    entries = LISTS[what]()
+    click.echo(json.dumps(entries) if as_json else "\n".join(entries))

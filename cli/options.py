@@ -1,0 +1,114 @@
+"""Options that several commands share, and the way from options to a recipe.
+
+An option that is not given is not in the recipe, so each default has one home: the recipe's schema. The help repeats
+those defaults (`shown`), and a test compares the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from compress.recipe import Recipe
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+Decorator = Callable[[Decorated], Decorated]
+
+
+def stack(*decorators: Callable[[Any], Any]) -> Callable[[Decorated], Decorated]:
+    """Several decorators as one, the first on top."""
+
+    def decorate(function: Decorated) -> Decorated:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+def shown(name: str, default: object, text: str, kind: Any = None, **more: Any) -> Callable[[Decorated], Decorated]:
+    """An option without a value of its own, whose help shows the recipe's default."""
+    return click.option(name, type=kind, default=None, show_default=str(default), help=text, **more)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
+device_option = shown("--device", "cpu", "Torch device to work on.")
+trust_option = click.option(
+    "--trust-remote-code", is_flag=True, default=None, help="Let a model bring code of its own, and run it."
+)
+
+talk_options = stack(
+    click.option("-q", "--quiet", is_flag=True, help="No progress, only warnings and errors."),
+    click.option("-v", "--verbose", is_flag=True, help="Every step on a line of its own, and a traceback of errors."),
+)
+
+run_options = stack(
+    click.option("--work", type=click.Path(), default=None, help="Work folder.  [default: OUT.work]"),
+    click.option("--restart", is_flag=True, help="Begin anew; an older result of compress in OUT is replaced."),
+    json_option,
+    talk_options,
+)
+
+model_options = stack(
+    shown("--seed", 0, "Seed of everything random.", int),
+    device_option,
+    trust_option,
+)
+
+quantize_options = stack(
+    click.argument("model", metavar="M"),
+    click.option("--bits", type=float, required=True, help="Bits per weight, everything stored counted."),
+    shown("--codec", "pyramid", "How a matrix becomes bits.", metavar="NAME[:k=v,...]"),
+    shown("--max-shard-bytes", 5_000_000_000, "Size at which a new weight file is begun.", int),
+    model_options,
+)
+
+distill_options = stack(
+    click.option("--student", metavar="M", required=True, help="The model to train."),
+    click.option("--teacher", metavar="M", default=None, help="The model to learn from; none: labels alone."),
+    click.option("--data", metavar="D", multiple=True, required=True, help="Text; several are chained."),
+    click.option(
+        "--loss",
+        "losses",
+        metavar="NAME[:k=v,...]",
+        multiple=True,
+        required=True,
+        help="A loss; several are a weighted sum, for example kl and cross_entropy:weight=0.1.",
+    ),
+    shown("--steps", 1000, "Optimizer steps.", int),
+    shown("--batch-size", 16, "Sequences per forward pass.", int),
+    shown("--gradient-accumulation", 1, "Forward passes per optimizer step.", int),
+    shown("--context", 256, "Tokens per sequence.", int),
+    shown("--learning-rate", 0.001, "Peak of the schedule.", float),
+    shown(
+        "--schedule", "cosine", "Course of the learning rate.", click.Choice(["cosine", "linear", "constant", "wsd"])
+    ),
+    shown("--warmup-steps", 0, "Steps of linear warm-up.", int),
+    shown("--weight-decay", 0.01, "Decay of the matrices.", float),
+    shown("--optimizer", "adamw", "How to step.", click.Choice(["adamw", "muon"])),
+    shown("--precision", "fp32", "Of the forward pass.", click.Choice(["fp32", "bf16"])),
+    click.option("--compile", is_flag=True, default=None, help="Compile the student with torch.compile."),
+    shown("--save-every", 100, "Steps between checkpoints.", int),
+    shown("--log-every", 10, "Steps between log lines.", int),
+    click.option("--max-seconds", type=float, default=None, help="End after this time, whatever the steps."),
+    model_options,
+)
+
+
+def recipe_of(part: Literal["distill", "quantize"], options: Mapping[str, Any]) -> Recipe:
+    """The recipe of one stage from the options that were given. Raises `RecipeError`."""
+    from compress.recipe import DistillRecipe, QuantizeRecipe, make_recipe
+
+    fields = DistillRecipe.model_fields if part == "distill" else QuantizeRecipe.model_fields
+    names = {"student": "model"}
+    given = {
+        names.get(name, name): list(value) if isinstance(value, tuple) else value
+        for name, value in options.items()
+        if value is not None
+    }
+    inner = {name: value for name, value in given.items() if name in fields}
+    outer = {name: value for name, value in given.items() if name not in fields}
+    return make_recipe({**outer, part: inner})

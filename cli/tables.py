@@ -1,0 +1,120 @@
+"""Figures as text: plans, reports, matrices. Everything here takes plain data and returns a string."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compress.plan import Plan, QuantizationPlan
+
+Row = Sequence[Any]
+
+
+def table(head: Sequence[str], rows: Iterable[Row]) -> str:
+    """Columns as wide as their widest cell; the first is set left, numbers are set right."""
+    lines = [list(head), *([cell(value) for value in row] for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            text.ljust(width) if column == 0 else text.rjust(width)
+            for column, (text, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def cell(value: Any) -> str:
+    """A value as a person reads it: five significant digits, digits in threes, `-` for nothing."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    if isinstance(value, (list, tuple)) and all(isinstance(entry, int) for entry in value):
+        return " x ".join(str(entry) for entry in value)
+    return str(value)
+
+
+def size(count: int) -> str:
+    """Bytes with a decimal unit: `812 B`, `4.1 MB`."""
+    amount, units = float(count), ["B", "kB", "MB", "GB", "TB"]
+    while amount >= 1000 and len(units) > 1:
+        amount /= 1000
+        units.pop(0)
+    return f"{count} B" if units[0] == "B" else f"{amount:.1f} {units[0]}"
+
+
+def plan_text(plan: Plan) -> str:
+    """A plan, matrix by matrix, stage by stage, and what comes of it."""
+    parts = []
+    if plan.quantization is not None:
+        parts.append(_matrices(plan.quantization))
+    for number, stage in enumerate(plan.stages, 1):
+        lines = [f"{number}. {stage.name}: {stage.text}"]
+        if stage.out is not None:
+            lines.append(f"   result: {stage.out}")
+        if stage.memory_bytes is not None:
+            lines.append(f"   memory: about {size(stage.memory_bytes)}, estimated")
+        parts.append("\n".join([*lines, *(f"   note: {note}" for note in stage.notes)]))
+    parts.append(_sizes(plan))
+    return "\n\n".join(parts)
+
+
+def _matrices(plan: QuantizationPlan) -> str:
+    rows = [
+        (matrix.name, matrix.shape, matrix.group.rpartition(".")[2], matrix.codec, matrix.width, matrix.bits_per_weight,
+         matrix.bytes)
+        for matrix in plan.matrices
+    ]  # fmt: skip
+    return table(("matrix", "shape", "group", "codec", "width", "bits/weight", "bytes"), rows)
+
+
+def _sizes(plan: Plan) -> str:
+    lines = [f"parameters            {plan.parameters:,}", f"original bytes        {plan.original_bytes:,}"]
+    if plan.quantization is not None:
+        figures = plan.quantization
+        lines += [
+            f"bytes                 {figures.model_bytes:,}",
+            f"bits_per_weight       {figures.bits_per_weight:.4f} (asked: {figures.bits_target:g})",
+            f"model_bits_per_weight {figures.model_bits_per_weight:.4f}",
+        ]
+    for data in plan.data:
+        digest = f", sha256 {str(data['sha256'])[:16]}" if "sha256" in data else ""
+        lines.append(f"data                  {data['spec']} ({data['origin']}{digest})")
+    return "\n".join([*lines, f"backend               {plan.backend}", f"work folder           {plan.work}"])
+
+
+def report_text(report: Mapping[str, Any]) -> str:
+    """The figures of each stage of a run; those of the evaluation as a table with a column for each model."""
+    parts = []
+    for stage in report["stages"]:
+        if stage == "evaluate":
+            parts.append(models_text(report[stage]["models"]))
+        else:
+            parts.append(f"{stage}\n{figures_text(report if stage == 'quantize' else report[stage])}")
+    return "\n\n".join(parts)
+
+
+def figures_text(figures: Mapping[str, Any]) -> str:
+    """One line for each figure that is a number, a word, or nothing."""
+    plain = {name: value for name, value in figures.items() if not isinstance(value, (dict, list))}
+    width = max((len(name) for name in plain), default=0)
+    return "\n".join(f"  {name.ljust(width)}  {cell(value)}" for name, value in plain.items())
+
+
+def models_text(models: Mapping[str, Mapping[str, Any]]) -> str:
+    """One column for each model, one row for each figure that any of them has; then the texts they wrote."""
+    names = dict.fromkeys(
+        name for figures in models.values() for name, value in figures.items() if not isinstance(value, (dict, list))
+    )
+    text = table(("", *models), [(name, *(figures.get(name) for figures in models.values())) for name in names])
+    samples = [
+        f"{model}, sample {number}:\n{sample['prompt']}>>>{sample['text']}"
+        for model, figures in models.items()
+        for number, sample in enumerate(figures.get("samples", ()), 1)
+    ]
+    return "\n\n".join([text, *samples])

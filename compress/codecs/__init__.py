@@ -1,0 +1,18 @@
+"""How a matrix becomes bits. `codec("pyramid").quantize(weight, spec)` gives a `QuantizedMatrix`."""
+
+from compress.codecs.base import Codec, CodecSpec, FieldLayout, QuantizedMatrix
+from compress.codecs.pyramid import PyramidCodec, PyramidConfig
+from compress.codecs.registry import codec, codec_names, codec_of, register_codec
+
+__all__ = [
+    "Codec",
+    "CodecSpec",
+    "FieldLayout",
+    "PyramidCodec",
+    "PyramidConfig",
+    "QuantizedMatrix",
+    "codec",
+    "codec_names",
+    "codec_of",
+    "register_codec",
+]

@@ -1,0 +1,182 @@
+"""What a codec is, and what it makes of a matrix.
+
+A codec turns a matrix W [o, n] into named integer and float tensors whose bytes, one after the other, are the payload
+that an artifact stores. Which bytes those are depends on the codec, its `CodecSpec` and the shape alone: no tensor
+carries a header, and the number of bits is known before there are any data.
+
+Rows are cut into groups of `dim` columns (the last one filled up with zeros), and every group gets a code of exactly
+`width` bits. Every codec here reconstructs a group as one float32 scale times small integers, which is what stock
+containers (ONNX Runtime's MatMulNBits, for one) hold: `integers()` hands out the two factors, `dequantize()` their
+product, and the two agree bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from compress.codecs.registry import codec_of
+from compress.errors import ArtifactError
+
+Option = int | float | str | bool
+
+
+@dataclass(frozen=True)
+class CodecSpec:
+    """All that reading a payload needs besides its shape: the codec's name, its options, width and group size.
+
+    width: bits of one group's code. dim: columns of a group.
+    """
+
+    codec: str
+    width: int
+    dim: int
+    options: Mapping[str, Option] = field(default_factory=dict)
+
+    def __hash__(self) -> int:
+        return hash((self.codec, self.width, self.dim, tuple(sorted(self.options.items()))))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; `from_dict` takes it back."""
+        return {"codec": self.codec, "width": self.width, "dim": self.dim, "options": dict(self.options)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The spec that `to_dict` wrote. Raises `ArtifactError` when a field is missing, unknown or of a wrong type."""
+        kinds: dict[str, type] = {"codec": str, "width": int, "dim": int, "options": Mapping}
+        for name in data:
+            if name not in kinds:
+                raise ArtifactError(f"A codec's description has an unknown field '{name}'.")
+        for name, kind in kinds.items():
+            if name not in data:
+                raise ArtifactError(f"A codec's description lacks the field '{name}'.")
+            if not isinstance(data[name], kind) or isinstance(data[name], bool):
+                raise ArtifactError(f"A codec's description has {data[name]!r} as its '{name}'.")
+        return cls(**{name: data[name] for name in kinds})
+
+
+@dataclass(frozen=True)
+class FieldLayout:
+    """One named tensor of a payload: stored dense, row-major, little-endian."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+@dataclass
+class QuantizedMatrix:
+    """A matrix in the form in which it is stored: its spec, its shape [o, n] and its tensors in payload order."""
+
+    spec: CodecSpec
+    shape: tuple[int, int]
+    tensors: dict[str, Tensor]
+
+    @property
+    def bits(self) -> int:
+        """Every stored bit, scales and padding included: eight times the payload's bytes."""
+        return 8 * sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """`bits` over the weights of the matrix without padding; 0 for a matrix without weights."""
+        weights = self.shape[0] * self.shape[1]
+        return self.bits / weights if weights else 0.0
+
+    def payload(self) -> Tensor:
+        """All tensors as one flat int8 tensor: the bytes of each in the codec's order, without gaps."""
+        return torch.cat([tensor.contiguous().flatten().view(torch.int8) for tensor in self.tensors.values()])
+
+    @classmethod
+    def from_payload(cls, spec: CodecSpec, shape: tuple[int, int], payload: Tensor) -> Self:
+        """The matrix whose `payload()` this is. Raises `ArtifactError` unless type and length are exactly right."""
+        layout = codec_of(spec).layout(spec, shape)
+        needed = sum(part.nbytes for part in layout)
+        if payload.dtype != torch.int8 or payload.ndim != 1 or payload.numel() != needed:
+            raise ArtifactError(
+                f"A {spec.codec} matrix {shape[0]} x {shape[1]} of {spec.width} bits per {spec.dim} weights is "
+                f"{needed} bytes of int8; the payload is {list(payload.shape)} of {payload.dtype}.",
+                remedy="The file is damaged or belongs to another model.",
+            )
+        tensors: dict[str, Tensor] = {}
+        start = 0
+        for part in layout:
+            piece = payload[start : start + part.nbytes].clone()
+            tensors[part.name] = piece.view(part.dtype).view(part.shape)
+            start += part.nbytes
+        return cls(spec, shape, tensors)
+
+    def integers(self) -> tuple[Tensor, Tensor]:
+        """int8 [o, n'] and float32 scales [o, n' / dim] (n' = n rounded up to whole groups), whose product is W."""
+        return codec_of(self.spec).integers(self)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """W [o, n]: W[r, g dim + i] = fl32(scales[r, g] integers[r, g dim + i]), then rounded to `dtype`."""
+        integers, scales = self.integers()
+        rows, groups = scales.shape
+        product = integers.view(rows, groups, self.spec.dim).to(torch.float32).mul_(scales.unsqueeze(-1))
+        return product.view(rows, groups * self.spec.dim)[:, : self.shape[1]].to(dtype).contiguous()
+
+    def containers(self) -> tuple[str, ...]:
+        """Stock containers that carry this matrix exactly, such as "onnx:MatMulNBits/4/16" (bits, block)."""
+        return codec_of(self.spec).containers(self.spec)
+
+
+class CodecConfig(Protocol):
+    """The options of a codec: a frozen dataclass with the codec's name on the class."""
+
+    name: ClassVar[str]
+
+
+class Codec(Protocol):
+    """One way to make bits of a matrix. Construct it through `compress.codecs.codec(name, **options)`."""
+
+    config_type: ClassVar[type[Any]]
+
+    def __init__(self, config: Any) -> None: ...
+
+    @classmethod
+    def from_spec(cls, spec: CodecSpec) -> Self:
+        """The codec that wrote `spec`; `UsageError` when no options of it could have."""
+        ...
+
+    @property
+    def dim(self) -> int:
+        """Columns that are rounded at once."""
+        ...
+
+    def widths(self, lowest: float = 0.0, highest: float = float("inf")) -> tuple[int, ...]:
+        """The code widths B with lowest <= B / dim <= highest (bits per weight without scales), ascending."""
+        ...
+
+    def spec(self, width: int) -> CodecSpec:
+        """The spec of one width; `UsageError` that names the widths there are."""
+        ...
+
+    def layout(self, spec: CodecSpec, shape: tuple[int, int]) -> tuple[FieldLayout, ...]:
+        """The tensors of a payload, in their order."""
+        ...
+
+    def bits(self, spec: CodecSpec, shape: tuple[int, int]) -> int:
+        """`QuantizedMatrix.bits` of a matrix of this shape, exactly and without data."""
+        ...
+
+    def quantize(self, weight: Tensor, spec: CodecSpec) -> QuantizedMatrix:
+        """The nearest matrix in the form of `spec`. `NumericsError` for a weight that is not finite."""
+        ...
+
+    def integers(self, matrix: QuantizedMatrix) -> tuple[Tensor, Tensor]:
+        """See `QuantizedMatrix.integers`."""
+        ...
+
+    def containers(self, spec: CodecSpec) -> tuple[str, ...]:
+        """See `QuantizedMatrix.containers`."""
+        ...

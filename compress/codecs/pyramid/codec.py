@@ -1,0 +1,172 @@
+"""The pyramid codec: a row scale of 8 bits, and one radix code per group of D weights.
+
+    w[g D + i] ~ c_g y_i,   c_g = fl32(r levels[j]),   code = index(y) L + j   in exactly `width` bits
+
+y is the nearest vector with sum |y_i| = K and |y_i| <= m, found jointly with the gain j (`compress.ops`); r is the
+row's scale (`rows.py`), and K, m and the L levels come from a table for each width (`table.py`). The payload, byte by
+byte, is described in docs/formats.md. Pyramid vector quantization: Fischer 1986; for language models: van der Ouderaa
+et al. 2024 (arXiv 2410.16926). Unlike there, the encoder is exact, the gains are Lloyd-Max levels of the joint encoder
+rather than quantiles of the norm, and any number of them shares the code with the shape instead of a power of two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from compress import ops
+from compress.codecs.base import CodecSpec, FieldLayout, QuantizedMatrix
+from compress.codecs.pyramid.encode import encode_rows
+from compress.codecs.pyramid.rows import initial_codes, row_scales
+from compress.codecs.pyramid.table import VERSION, Shape, shipped_tables
+from compress.codecs.registry import register_codec
+from compress.errors import ArtifactError, CodecError, NumericsError, UsageError
+
+CHUNK_WEIGHTS = 2**20
+"""Weights encoded at once, whole rows at a time."""
+LARGEST_SCALE = 1e34
+"""Largest matrix scale: with it, no product of scale, level and pulses leaves float32."""
+
+
+@dataclass(frozen=True)
+class PyramidConfig:
+    """dim: weights in a group. max: bound on |y_i|; 7 fits 4-bit containers, 127 bounds nothing."""
+
+    name: ClassVar[str] = "pyramid"
+    dim: int = 16
+    max: int = 127
+
+    def __post_init__(self) -> None:
+        choices = sorted((dim, limit) for version, dim, limit in shipped_tables() if version == VERSION)
+        if (self.dim, self.max) not in choices:
+            known = ", ".join(f"dim={dim} max={limit}" for dim, limit in choices)
+            raise UsageError(
+                f"There is no table of gain levels for dim={self.dim} max={self.max}.",
+                remedy=f"There are: {known}; benchmarks/train_pyramid_levels.py makes others.",
+            )
+
+
+@register_codec
+class PyramidCodec:
+    """See the module's text; the methods are those of `compress.codecs.base.Codec`."""
+
+    config_type: ClassVar[type[Any]] = PyramidConfig
+
+    def __init__(self, config: PyramidConfig) -> None:
+        self.config = config
+
+    @classmethod
+    def from_spec(cls, spec: CodecSpec) -> Self:
+        shape_of(spec)
+        return cls(PyramidConfig(dim=spec.dim, max=int(spec.options["max"])))
+
+    @property
+    def dim(self) -> int:
+        return self.config.dim
+
+    def widths(self, lowest: float = 0.0, highest: float = float("inf")) -> tuple[int, ...]:
+        table = shipped_tables()[VERSION, self.config.dim, self.config.max]
+        return tuple(sorted(width for width in table if lowest <= width / self.config.dim <= highest))
+
+    def spec(self, width: int) -> CodecSpec:
+        widths = self.widths()
+        if width not in widths:
+            raise UsageError(
+                f"The pyramid of dim={self.config.dim} max={self.config.max} has no code of {width} bits.",
+                remedy=f"Its widths are {widths[0]} to {widths[-1]} bits per {self.config.dim} weights.",
+            )
+        return CodecSpec("pyramid", width, self.config.dim, {"max": self.config.max, "table": VERSION})
+
+    def layout(self, spec: CodecSpec, shape: tuple[int, int]) -> tuple[FieldLayout, ...]:
+        rows, columns = shape
+        codes = rows * -(-columns // spec.dim)
+        return (
+            FieldLayout("scale", torch.float32, (1,)),
+            FieldLayout("rows", torch.uint8, (rows,)),
+            FieldLayout("codes", torch.uint8, ((codes * spec.width + 7) // 8,)),
+        )
+
+    def bits(self, spec: CodecSpec, shape: tuple[int, int]) -> int:
+        return 8 * sum(part.nbytes for part in self.layout(spec, shape))
+
+    def quantize(self, weight: Tensor, spec: CodecSpec) -> QuantizedMatrix:
+        if weight.ndim != 2 or not weight.is_floating_point():
+            raise CodecError(f"The pyramid takes a matrix of floats, not {list(weight.shape)} of {weight.dtype}.")
+        shape = shape_of(spec)
+        weight = weight.detach().to(torch.float32)
+        rows, columns = weight.shape
+        _refuse_not_finite(weight)
+        scale, row_codes = initial_codes(weight)
+        if float(scale) > LARGEST_SCALE:
+            raise NumericsError(
+                f"The largest row has an RMS of {float(scale):.3g}; above {LARGEST_SCALE:g} float32 overflows.",
+                remedy="Scale the matrix down.",
+            )
+        codes = torch.empty(rows * -(-columns // spec.dim), dtype=torch.int64, device=weight.device)
+        step = max(1, CHUNK_WEIGHTS // max(columns, 1))
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            groups = -(-columns // spec.dim)
+            row_codes[part], found = encode_rows(weight[part], scale, row_codes[part], shape)
+            codes[start * groups : start * groups + found.numel()] = found
+        tensors = {
+            "scale": scale,
+            "rows": row_codes.to(torch.uint8),
+            "codes": ops.pack_bits(codes, spec.width),
+        }
+        return QuantizedMatrix(spec, (rows, columns), tensors)
+
+    def integers(self, matrix: QuantizedMatrix) -> tuple[Tensor, Tensor]:
+        spec, shape = matrix.spec, shape_of(matrix.spec)
+        rows, columns = matrix.shape
+        groups = -(-columns // spec.dim)
+        codes = ops.unpack_bits(matrix.tensors["codes"], spec.width, rows * groups)
+        index, gain = split_codes(codes, len(shape.levels))
+        y = ops.pyramid_unrank(index, shape.dim, shape.pulses, shape.limit)
+        scales = row_scales(matrix.tensors["scale"], matrix.tensors["rows"])
+        levels = shape.level_tensor().to(codes.device)
+        return y.view(rows, groups * spec.dim), scales.unsqueeze(-1) * levels[gain].view(rows, groups)
+
+    def containers(self, spec: CodecSpec) -> tuple[str, ...]:
+        if spec.dim < 16 or spec.dim & (spec.dim - 1):
+            return ()
+        widths = (4, 8) if shape_of(spec).limit <= 7 else (8,)
+        return tuple(f"onnx:MatMulNBits/{bits}/{spec.dim}" for bits in widths)
+
+
+def shape_of(spec: CodecSpec) -> Shape:
+    """What `spec` means by its table. Raises `ArtifactError` for a table or width that this version does not have."""
+    if spec.codec != PyramidConfig.name or set(spec.options) != {"max", "table"}:
+        raise ArtifactError(f"Not the description of a pyramid: {spec.to_dict()}.")
+    key = (spec.options["table"], spec.dim, spec.options["max"])
+    for known, table in shipped_tables().items():
+        if known == key and spec.width in table:
+            return table[spec.width]
+    raise ArtifactError(
+        f"There is no pyramid of {spec.width} bits per {spec.dim} weights, max {key[2]}, in table {key[0]}.",
+        remedy="The artifact was written by a newer version of compress, or is damaged.",
+    )
+
+
+def split_codes(codes: Tensor, gains: int) -> tuple[Tensor, Tensor]:
+    """Index and gain int64 of codes = index L + gain, int64 [G] read as unsigned 64-bit patterns.
+
+    int64 division is signed, so the pattern is divided by hand in two digits of base 2^32.
+    """
+    low_half = (1 << 32) - 1
+    high, low = (codes >> 32) & low_half, codes & low_half
+    low = ((high % gains) << 32) | low
+    return ((high // gains) << 32) + low // gains, low % gains
+
+
+def _refuse_not_finite(weight: Tensor) -> None:
+    bad = ~torch.isfinite(weight)
+    if bool(bad.any()):
+        row, column = (int(place) for place in bad.nonzero()[0])
+        raise NumericsError(
+            f"The weight at row {row}, column {column} is {float(weight[row, column])} in float32 "
+            f"({int(bad.sum())} of {weight.numel()} are not finite)."
+        )

@@ -1,0 +1,76 @@
+"""The verb `evaluate`: a model, a text, and optionally the model that it should equal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from compress.data import fingerprint, text_source, tokenize
+from compress.errors import ModelError, UsageError
+from compress.evaluation.causal import evaluate_causal
+from compress.evaluation.encoder import evaluate_encoder
+from compress.modeling.loading import load_model, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def evaluate(
+    model: str | PreTrainedModel,
+    *,
+    data: str | list[str],
+    reference: str | PreTrainedModel | None = None,
+    context: int = 256,
+    limit: int | None = None,
+    device: str = "cpu",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Measure `model` on `data`: perplexity and bits per byte for a causal model (and its KL divergence from
+    `reference`), the embeddings' cosine with `reference` for an encoder. `evaluation/causal.py` and
+    `evaluation/encoder.py` define each figure. Models run in float32. `limit` is in tokens.
+
+    Raises `UsageError` when an encoder comes without a reference, `ModelError` when two vocabularies differ,
+    `DataError` for data that does not fill one window.
+    """
+    if context < 2:
+        raise UsageError(f"A context of {context} tokens scores none.", remedy="Give --context of at least 2.")
+    if tokenizer is None:
+        if not isinstance(model, str):
+            raise UsageError("A model given as an object needs its tokenizer.", remedy="Pass tokenizer=...")
+        tokenizer = load_tokenizer(model)
+    source = text_source(data)
+    subject = _model(model, device, trust_remote_code)
+    other = None if reference is None else _model(reference, device, trust_remote_code)
+    figures: dict[str, Any]
+    if _is_causal(subject):
+        if other is not None:
+            _check_pair(subject, other)
+        longest = subject.config.get_text_config().max_position_embeddings
+        if context > longest:
+            raise UsageError(f"The model takes {longest} tokens, not {context}.", remedy=f"Use --context {longest}.")
+        ids, sizes = tokenize(source, tokenizer, limit).rows(context, limit)
+        figures = evaluate_causal(subject, ids, sizes, other)
+    else:
+        if other is None:
+            raise UsageError("An encoder is measured against another.", remedy="Name one with --reference.")
+        figures = evaluate_encoder(subject, other, tokenizer, source, context=context, limit=limit)
+    return {**figures, "context": context, "data": fingerprint(source).to_dict()}
+
+
+def _model(model: str | PreTrainedModel, device: str, trust_remote_code: bool) -> PreTrainedModel:
+    if isinstance(model, str):
+        return load_model(model, device=device, trust_remote_code=trust_remote_code)
+    return model.eval()
+
+
+def _is_causal(model: PreTrainedModel) -> bool:
+    return model.can_generate()
+
+
+def _check_pair(model: PreTrainedModel, reference: PreTrainedModel) -> None:
+    widths = [one.config.get_text_config().vocab_size for one in (model, reference)]
+    if widths[0] != widths[1]:
+        raise ModelError(
+            f"The model's vocabulary has {widths[0]} tokens, the reference's {widths[1]}.",
+            remedy="Compare models that share a tokenizer.",
+        )

@@ -1,0 +1,119 @@
+"""The modules that `torch.onnx.export` traces: a model seen from outside, and the packed product inside it.
+
+A decoder is exported as a function of tensors only:
+
+    input_ids [B, T], attention_mask [B, P + T], position_ids [B, T], past_key_values.i.key|value [B, H_kv, P, d]
+        -> logits [B, T, V], present.i.key|value [B, H_kv, P + T, d]
+
+with every axis but H_kv, d and V dynamic, P = 0 (prefill) included. An encoder takes input_ids, attention_mask and,
+where the model has them, token_type_ids, all [B, T].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from compress.exporters.containers import Container
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+EXACT = 0
+"""`accuracy_level` of MatMulNBits at which activations stay in float32; 4 would round them to 8 bits."""
+
+
+class PackedProduct(nn.Module):
+    """y = x W^T + b that exports itself as `com.microsoft.MatMulNBits`; only for tracing, it computes nothing."""
+
+    codes: Tensor
+    scales: Tensor
+    bias: Tensor | None
+
+    def __init__(self, container: Container, bias: Tensor | None) -> None:
+        super().__init__()
+        self.container = container
+        self.register_buffer("codes", container.codes)
+        self.register_buffer("scales", container.scales)
+        self.register_buffer("bias", None if bias is None else bias.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = self.container
+        attributes: dict[str, Any] = {
+            "K": shape.columns,
+            "N": shape.rows,
+            "bits": shape.bits,
+            "block_size": shape.block,
+        }
+        inputs: tuple[Tensor | None, ...] = (x, self.codes, self.scales)
+        if self.bias is not None:  # the operator's inputs between are zero points and an order of columns: none
+            inputs = (*inputs, None, None, self.bias)
+        return torch.onnx.ops.symbolic(
+            "com.microsoft::MatMulNBits",
+            inputs,
+            {**attributes, "accuracy_level": EXACT},
+            dtype=x.dtype,
+            shape=(*x.shape[:-1], shape.rows),
+            version=1,
+        )
+
+
+class DecoderGraph(nn.Module):
+    """A causal model with its cache as plain tensors: `past` is key and value of layer 0, of layer 1, ...
+
+    The cache given to the model is one that keeps everything: a layer with a sliding window masks what lies outside.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        cache = DynamicCache(ddp_cache_data=list(zip(past[0::2], past[1::2], strict=True)))
+        output = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        presents = [tensor for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values)]
+        return (output.logits, *presents)
+
+
+class EncoderGraph(nn.Module):
+    """An encoder as a function of the tensors called `inputs`; returns its output called `output`."""
+
+    def __init__(self, model: PreTrainedModel, inputs: tuple[str, ...], output: str) -> None:
+        super().__init__()
+        self.model, self.inputs, self.output = model, inputs, output
+
+    def forward(self, *values: Tensor) -> Tensor:
+        result: Mapping[str, Tensor] = self.model(**dict(zip(self.inputs, values, strict=True)))
+        return result[self.output]
+
+
+@contextmanager
+def ready_to_trace(model: PreTrainedModel, products: dict[str, PackedProduct]) -> Iterator[None]:
+    """`model` with `products` in place of the modules of these names, in eval mode, with attention written out (the
+    fused form traces to more nodes and runs slower); all as before when the block is left."""
+    training, attention = model.training, model.config._attn_implementation
+    before = {name: model.get_submodule(name) for name in products}
+    try:
+        for name, product in products.items():
+            model.set_submodule(name, product)
+        model.train(False)
+        model.set_attn_implementation("eager")
+        yield
+    finally:
+        model.set_attn_implementation(attention)
+        for name, module in before.items():
+            model.set_submodule(name, module)
+        model.train(training)

@@ -1,0 +1,93 @@
+"""The `quantization_config` in an artifact's config.json: everything that decoding needs to know, and nothing else.
+
+```
+"quantization_config": {
+  "quant_method": "compress", "format_version": 1, "producer": "compress 0.1.0",
+  "default": {"codec": "pyramid", ..., "width": 51},             a codec's spec
+  "modules": {"model.layers.0.self_attn.q_proj": {"width": 52}},  what differs from it, by module
+  "ignore": ["lm_head", "model.embed_tokens"],                    matrices that are stored as they were
+  "bits_per_weight": 3.2494
+}
+```
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import compress
+from compress.codecs.base import CodecSpec
+from compress.errors import ArtifactError
+
+QUANT_METHOD = "compress"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """Which spec each quantized module has. `specs` lists exceptions from `default`; `ignore` what is not quantized."""
+
+    default: CodecSpec
+    specs: Mapping[str, CodecSpec]
+    ignore: tuple[str, ...]
+    bits_per_weight: float
+    producer: str = f"compress {compress.__version__}"
+
+    @classmethod
+    def from_specs(cls, specs: Mapping[str, CodecSpec], ignore: Iterable[str], bits_per_weight: float) -> Self:
+        """From the spec of every quantized module. The most frequent one (the first of equals) is the default."""
+        common = Counter(specs.values()).most_common(1)[0][0]
+        differing = {name: spec for name, spec in specs.items() if spec != common}
+        return cls(common, differing, tuple(sorted(ignore)), bits_per_weight)
+
+    def spec(self, module: str) -> CodecSpec:
+        return self.specs.get(module, self.default)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in the module's docstring: plain data."""
+        default = self.default.to_dict()
+        modules = {name: _difference(spec.to_dict(), default) for name, spec in self.specs.items()}
+        return {
+            "quant_method": QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "producer": self.producer,
+            "default": default,
+            "modules": modules,
+            "ignore": list(self.ignore),
+            "bits_per_weight": self.bits_per_weight,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`. Raises `ArtifactError` for another method, version, or shape of the table."""
+        if data.get("quant_method") != QUANT_METHOD:
+            raise ArtifactError(
+                f"The model has quant_method {data.get('quant_method')!r}, not {QUANT_METHOD!r}.",
+                remedy="Name an artifact of `compress quantize`.",
+            )
+        if data.get("format_version") != FORMAT_VERSION:
+            raise ArtifactError(
+                f"The artifact has format version {data.get('format_version')!r}; this version reads {FORMAT_VERSION}.",
+                remedy="Install the version of model-compress that wrote it, named in quantization_config.producer.",
+            )
+        try:
+            default = dict(data["default"])
+            specs = {name: CodecSpec.from_dict({**default, **change}) for name, change in data["modules"].items()}
+            return cls(
+                CodecSpec.from_dict(default),
+                specs,
+                tuple(data["ignore"]),
+                float(data["bits_per_weight"]),
+                str(data["producer"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ArtifactError(
+                f"The quantization_config of the artifact is damaged: {error!r}.", remedy="Restore its config.json."
+            ) from error
+
+
+def _difference(spec: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in spec.items() if value != default[key]}

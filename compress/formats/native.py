@@ -1,0 +1,145 @@
+"""The native artifact: a transformers model folder whose quantized matrices are packed.
+
+| file | what |
+|---|---|
+| `model*.safetensors`, index | every tensor; a quantized `<module>.weight` is its payload, flat `int8` |
+| `config.json` | the original's, with `quantization_config` (see `config`) |
+| `report.json`, `README.md` | figures by matrix; the model card |
+| `compress.json` | size and sha256 of every other file |
+| the rest | tokenizer, generation config and whatever else lay beside the weights, copied |
+
+A reader that does not know the method finds an int8 vector where it wants a matrix, and refuses; were the payload
+under another name, it would warn and go on with random weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from compress.codecs.base import QuantizedMatrix
+from compress.errors import ArtifactError
+from compress.formats.card import model_card
+from compress.formats.config import QuantizationConfig
+from compress.modeling.io import Checkpoint
+from compress.modeling.layout import Entry
+from compress.modeling.loading import CONFIG, load_config, read_config, skeleton
+from compress.modeling.names import align_names
+from compress.modeling.resolve import model_name
+from compress.modeling.structure import MatrixView, matrices
+from compress.modeling.writer import ShardWriter
+from compress.storage import ARTIFACT_MARK, file_sha256, seal, write_json
+
+REPORT = "report.json"
+CARD = "README.md"
+WRITTEN_HERE = {CONFIG, ARTIFACT_MARK, REPORT, CARD}
+# weights in any container: never copied beside the quantized ones
+WEIGHT_SUFFIXES = {
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".tflite", ".npz",
+}  # fmt: skip
+
+
+def write_weights(
+    folder: Path, entries: Sequence[Entry], tensors: Iterable[tuple[str, Tensor]], max_shard_bytes: int
+) -> None:
+    """Write the shards of an artifact into the existing `folder`: `entries` plan every tensor, `tensors` yields them,
+    one at a time and in any order."""
+    with ShardWriter(folder, entries, max_shard_bytes) as writer:
+        for name, tensor in tensors:
+            writer.add(name, tensor)
+
+
+def write_artifact(folder: Path, source: Path, config: QuantizationConfig, report: dict[str, Any]) -> None:
+    """Make a whole artifact of `folder`, which holds the weights already: configuration, what lay beside the weights
+    in `source`, report, card, and last the checksums. The caller staged the folder and publishes it afterwards."""
+    for path in companions(source):
+        target = folder / path.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
+    write_json(folder / CONFIG, {**read_config(source), "quantization_config": config.to_dict()})
+    write_json(folder / REPORT, report)
+    (folder / CARD).write_text(model_card(model_name(source), report), encoding="utf-8")
+    seal(folder)
+
+
+def companions(source: Path) -> Iterator[Path]:
+    """The files of a model folder that belong to it and are neither weights nor written anew, sorted."""
+    for root, folders, names in os.walk(source):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = Path(root, name)
+            weights = path.suffix in WEIGHT_SUFFIXES or name.endswith((".safetensors.index.json", ".bin.index.json"))
+            written = root == str(source) and name in WRITTEN_HERE
+            if not (weights or written or name.startswith(".")):
+                yield path
+
+
+class Artifact:
+    """A native artifact, opened: headers and configuration are read and checked, payloads when they are asked for.
+
+    Raises `ArtifactError` for a folder that is damaged or no artifact of this package.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not folder.is_dir():
+            raise ArtifactError(f"There is no folder '{folder}'.", remedy="Name an artifact of `compress quantize`.")
+        self.config = QuantizationConfig.from_dict(read_config(folder).get("quantization_config") or {})
+        self.checkpoint = Checkpoint(folder, ArtifactError)
+        self.model = skeleton(load_config(folder))
+        ignored = set(self.config.ignore)
+        self._views = {view.name: view for view in matrices(self.model) if view.name not in ignored}
+        parameters = {name for name, _ in self.model.named_parameters()}
+        aligned = align_names(self.checkpoint.names(), parameters, self.model.base_model_prefix)
+        self._stored = {parameter: name for name, parameter in aligned.items()}
+
+    @property
+    def modules(self) -> Mapping[str, MatrixView]:
+        """The quantized matrices by module name, in the order of the model."""
+        return self._views
+
+    def matrix(self, name: str) -> QuantizedMatrix:
+        """The quantized matrix of module `name`, read now."""
+        view = self._views[name]
+        payload = self.checkpoint.read(self._stored.get(view.parameter, view.parameter))
+        return QuantizedMatrix.from_payload(self.config.spec(name), view.shape, payload)
+
+    def report(self) -> dict[str, Any] | None:
+        """`report.json`, or None for an artifact that `save_pretrained` wrote."""
+        path = self.folder / REPORT
+        return json.loads(path.read_bytes()) if path.is_file() else None
+
+    def verify(self) -> int:
+        """Compare every file with `compress.json`; returns how many. Raises `ArtifactError` naming the first that is
+        missing or changed. 0 when there is no such file, as after `save_pretrained`."""
+        path = self.folder / ARTIFACT_MARK
+        if not path.is_file():
+            return 0
+        try:
+            files = json.loads(path.read_bytes())["files"]
+            expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ArtifactError(f"'{path}' is damaged: {error!r}.", remedy="Copy the artifact again.") from error
+        for name, (size, digest) in expected.items():
+            self._verify_file(name, size, digest)
+        return len(expected)
+
+    def _verify_file(self, name: str, size: int, digest: str) -> None:
+        path = self.folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts or not path.is_file():
+            raise ArtifactError(
+                f"'{path}' is listed in {ARTIFACT_MARK} and missing.", remedy="Copy the artifact again."
+            )
+        if path.stat().st_size != size or file_sha256(path) != digest:
+            raise ArtifactError(f"'{path}' is not what was written: its sha256 differs.", remedy="Copy it again.")
+
+
+def read_artifact(folder: Path) -> Artifact:
+    """Open the artifact in `folder`. Raises `ArtifactError`."""
+    return Artifact(folder)

@@ -1,0 +1,1 @@
+"""Other libraries taught to use what this package makes."""

@@ -1,0 +1,78 @@
+"""Makes `from_pretrained` read the native artifacts. Imported by `compress.hook`, never by hand.
+
+transformers builds the model on the meta device; before weights are loaded, the quantizer puts a `PackedLinear` with an
+empty payload where the configuration says so, and the payloads are then loaded like any other tensor. Only hooks are
+used that are the same in transformers 5.17 and in later versions: no conversion of tensors takes place.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from compress.errors import ArtifactError
+from compress.formats.config import QUANT_METHOD, QuantizationConfig
+from compress.modeling.names import align_name
+from compress.modeling.structure import matrices
+from compress.quantization.modules import prepare_packed, unpack
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@register_quantization_config(QUANT_METHOD)
+class CompressConfig(QuantizationConfigMixin):
+    """`quantization_config` as transformers holds it: the fields of config.json, unchanged."""
+
+    def __init__(self, **fields: Any) -> None:
+        self.__dict__.update({**fields, "quant_method": QUANT_METHOD})
+
+    def parsed(self) -> QuantizationConfig:
+        """The fields, checked. Raises `ArtifactError`."""
+        return QuantizationConfig.from_dict(self.__dict__)
+
+
+@register_quantizer(QUANT_METHOD)
+class CompressHfQuantizer(HfQuantizer):
+    """Loads packed modules; quantizing while loading is refused (`compress.quantize` does it afterwards)."""
+
+    requires_calibration = True
+    quantization_config: CompressConfig
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        config = self.quantization_config.parsed()
+        views = {view.module: view for view in matrices(model)}
+        prefix = model.base_model_prefix
+        specs = {aligned: spec for name, spec in config.specs.items() if (aligned := align_name(name, views, prefix))}
+        ignore = {align_name(name, views, prefix) for name in config.ignore}
+        if len(specs) != len(config.specs):
+            unknown = next(name for name in config.specs if align_name(name, views, prefix) is None)
+            raise ArtifactError(
+                f"quantization_config names '{unknown}', which {type(model).__name__} does not have.",
+                remedy="Load the artifact with the class that config.json names in 'architectures'.",
+            )
+        prepare_packed(model, {name: specs.get(name, config.default) for name in views if name not in ignore})
+
+    def _dequantize(self, model: torch.nn.Module, dtype: torch.dtype | str | None = None) -> torch.nn.Module:
+        return unpack(model, _as_dtype(dtype))
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """The state is what is stored, so `save_pretrained` needs no help."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Packed weights receive no gradient."""
+        return False
+
+
+def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    """transformers hands over the config's dtype, which some versions hold as a string."""
+    named = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if isinstance(dtype, str):
+        return named[dtype.removeprefix("torch.")]
+    return torch.float32 if dtype is None else dtype

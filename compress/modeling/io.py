@@ -1,0 +1,134 @@
+"""Reading checkpoints of safetensors shards, one tensor in memory at a time.
+
+`Checkpoint` opens a folder, reads the headers only (a few kilobytes a gigabyte) and checks them against the format's
+rules before anything is trusted: sizes against the file, ranges against each other, the index against the shards.
+Files are read, not mapped into memory: mapped pages would count as memory used, and a file that is truncated while it
+is mapped kills the process instead of raising an error. Writing is in `writer`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from compress.errors import CompressError, ModelError
+from compress.modeling.headers import TensorInfo, read_header
+from compress.modeling.layout import DTYPES, count
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+class Checkpoint:
+    """The tensors of a model folder, by name. Opening reads every shard's header and checks it (see `headers`).
+
+    `error` is the class of error raised, `ModelError` for models, `ArtifactError` where the folder is an artifact.
+    """
+
+    def __init__(self, folder: Path, error: type[CompressError] = ModelError) -> None:
+        self.folder = folder
+        self._error = error
+        self._infos: dict[str, TensorInfo] = {}
+        for shard in self._shards():
+            for name, info in read_header(folder / shard, error).items():
+                if name in self._infos:
+                    raise error(
+                        f"Tensor '{name}' is in two shards of '{folder}', {self._infos[name].shard} and {shard}.",
+                        remedy="Save the model again.",
+                    )
+                self._infos[name] = info
+        self._check_index()
+
+    def names(self) -> list[str]:
+        """Names of all tensors, sorted."""
+        return sorted(self._infos)
+
+    def shards(self) -> list[str]:
+        """File names of the shards, sorted."""
+        return sorted({info.shard for info in self._infos.values()})
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape, dtype and place of tensor `name`."""
+        if name not in self._infos:
+            raise self._error(f"'{self.folder}' holds no tensor '{name}'.", remedy="Check that the folder is complete.")
+        return self._infos[name]
+
+    def read(self, name: str) -> torch.Tensor:
+        """Tensor `name`, with its stored dtype, in memory of its own."""
+        info = self.info(name)
+        if info.nbytes == 0:
+            return torch.empty(info.shape, dtype=DTYPES[info.dtype])
+        buffer = bytearray(info.nbytes)
+        with (self.folder / info.shard).open("rb") as file:
+            file.seek(info.offset)
+            if file.readinto(buffer) != info.nbytes:
+                raise self._error(
+                    f"'{self.folder / info.shard}' ended inside tensor '{name}'.", remedy="Copy it again."
+                )
+        return torch.frombuffer(buffer, dtype=DTYPES[info.dtype]).reshape(info.shape)
+
+    def verify(self) -> None:
+        """Check headers, sizes and index again, as they are on disk now. Raises like the constructor."""
+        Checkpoint(self.folder, self._error)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of the weight files on disk, headers included."""
+        return sum((self.folder / shard).stat().st_size for shard in self.shards())
+
+    @property
+    def parameters(self) -> int:
+        """Stored elements. Tied tensors that are stored twice count twice; `loading.parameter_count` knows better."""
+        return sum(count(info.shape) for info in self._infos.values())
+
+    def _shards(self) -> list[str]:
+        if (self.folder / WEIGHTS).is_file():
+            return [WEIGHTS]
+        if (self.folder / INDEX).is_file():
+            return sorted(set(self._weight_map().values()))
+        pickles = sorted(path.name for path in self.folder.glob("pytorch_model*.bin"))
+        if pickles:
+            raise self._error(
+                f"'{self.folder}' holds its weights only as pickles ({', '.join(pickles)}), which can run code.",
+                remedy="Convert them: load with transformers and save_pretrained, which writes safetensors.",
+            )
+        raise self._error(f"'{self.folder}' holds neither {WEIGHTS} nor {INDEX}.", remedy="Check the folder.")
+
+    def _weight_map(self) -> dict[str, str]:
+        path = self.folder / INDEX
+        try:
+            index = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise self._error(f"'{path}' is not JSON: {error}.", remedy="Copy the file again.") from error
+        table = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(table, dict) or not all(isinstance(shard, str) for shard in table.values()):
+            raise self._error(f"'{path}' has no table 'weight_map'.", remedy="Copy the file again.")
+        for shard in sorted(set(table.values())):
+            if Path(shard).name != shard or "\\" in shard:
+                raise self._error(f"'{path}' names '{shard}', which is outside the folder.", remedy="Do not use it.")
+            if not (self.folder / shard).is_file():
+                raise self._error(f"'{path}' names '{shard}', which is missing.", remedy="Copy the whole folder again.")
+        return table
+
+    def _check_index(self) -> None:
+        if (self.folder / WEIGHTS).is_file():
+            return
+        for name, shard in self._weight_map().items():
+            if name not in self._infos or self._infos[name].shard != shard:
+                raise self._error(
+                    f"'{self.folder / INDEX}' says that tensor '{name}' is in {shard}, and it is not there.",
+                    remedy="Index and shards are of different versions; copy the whole folder again.",
+                )
+
+
+def read_tensors(path: Path, error: type[CompressError] = ModelError) -> dict[str, torch.Tensor]:
+    """All tensors of one safetensors file, after the checks of `headers`."""
+    data = path.read_bytes()
+    tensors = {}
+    for name, info in read_header(path, error).items():
+        piece = bytearray(data[info.offset : info.offset + info.nbytes])
+        empty = torch.empty(info.shape, dtype=DTYPES[info.dtype])
+        tensors[name] = torch.frombuffer(piece, dtype=empty.dtype).reshape(info.shape) if piece else empty
+    return tensors

@@ -1,0 +1,254 @@
+"""Carries a plan out. The one file that knows the order of the stages: distill, quantize, export, evaluate, report.
+
+A stage takes a `Task` (the recipe, what it reads, where its result goes, the work folder) and returns a plain record of
+what it did. What is finished is noted in the work folder, so a second run takes up where the first stopped, and a
+finished run says so. A result that a later stage has been built on must stay as it was: when it is gone or changed, the
+run is refused, because the parts would no longer belong together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import WorkspaceError
+from compress.events import Events
+from compress.modeling.resolve import resolve_model
+from compress.plan import Plan, StagePlan, make_plan
+from compress.recipe import Recipe, load_recipe
+from compress.workspace import Workspace, check_free, discard_staged, stage_beside, write_json
+
+if TYPE_CHECKING:
+    from compress.reporting.comparison import Subject
+
+REPORT = "report.json"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One stage of a plan, and the work folder it is done in."""
+
+    plan: Plan
+    stage: StagePlan
+    workspace: Workspace
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.plan.recipe
+
+    @property
+    def out(self) -> Path:
+        assert self.stage.out is not None
+        return Path(self.stage.out)
+
+    @property
+    def source(self) -> str:
+        assert self.stage.source is not None
+        return self.stage.source
+
+
+@dataclass(frozen=True)
+class Handler:
+    """How a kind of stage is done. `unit` is the unit of the work folder that says that it is finished; `run` returns
+    the record of what was done, at once when it is finished already."""
+
+    unit: Callable[[StagePlan], str]
+    run: Callable[[Task], dict[str, Any]]
+
+
+def run(recipe: Recipe | str, *, restart: bool = False, events: Events | None = None) -> dict[str, Any]:
+    """Plan `recipe` (or the recipe file of that name) and carry it out; returns the report.
+
+    The report has the figures of the quantization on top and the records of the other stages by name. It is also
+    written to `report.json` in the work folder, and in `out` when the recipe has several stages. `restart` discards
+    earlier work of this recipe and lets the results replace older ones. Raises the `CompressError` of whatever went
+    wrong; the work folder can be taken up again.
+    """
+    if isinstance(recipe, str):
+        recipe = load_recipe(recipe)
+    plan = make_plan(recipe)
+    if not Path(plan.work).exists():
+        for stage in plan.stages:
+            if stage.out is not None:
+                check_free(Path(stage.out), restart)
+    with Workspace.open(Path(plan.work), {**recipe.arguments(), **_stamps(plan)}, restart, events) as workspace:
+        tasks = [Task(plan, stage, workspace) for stage in plan.stages]
+        finished = _finished(tasks)
+        if finished == len(tasks):
+            workspace.events.emit("note", text=f"already finished: '{recipe.out}'")
+        records = {}
+        for index, task in enumerate(tasks):
+            if index >= finished:
+                workspace.commit(_begun(task), [], {})
+            records[task.stage.name] = _carry_out(task)
+        return _report(recipe, records, workspace)
+
+
+def _carry_out(task: Task) -> dict[str, Any]:
+    """The record of a stage. A stage that fails leaves its work folder and no half result."""
+    try:
+        return _handler(task).run(task)
+    except BaseException:
+        if task.stage.out is not None:
+            discard_staged(task.out)
+        raise
+
+
+def _stamps(plan: Plan) -> dict[str, str | int]:
+    """What the names in the recipe stand for today: a hash of each model's files (names, sizes, times) and of the data,
+    so that work on other files is not taken up silently."""
+    recipe, stamps = plan.recipe, dict[str, str | int]()
+    teacher = None if recipe.distill is None else recipe.distill.teacher
+    for name, reference in (("model.files", recipe.model), ("distill.teacher.files", teacher)):
+        if reference is not None:
+            files = sorted(resolve_model(reference).glob("*.safetensors"))
+            facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+            stamps[name] = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+    for data in plan.data:
+        stamps[f"hash of {data['spec']}"] = data.get("sha256", data["origin"])
+    return stamps
+
+
+def _handler(task: Task) -> Handler:
+    return HANDLERS[task.stage.name.partition(":")[0]]
+
+
+def _begun(task: Task) -> str:
+    return f"begun:{task.stage.name}"
+
+
+def _is_finished(task: Task) -> bool:
+    unit = _handler(task).unit(task.stage)
+    if task.stage.out is None:
+        return task.workspace.done(unit) is not None
+    return task.workspace.published(unit, task.out) is not None
+
+
+def _finished(tasks: Sequence[Task]) -> int:
+    """How many stages are finished, from the first on.
+
+    Raises `WorkspaceError` when a stage is not finished (any more) though a later one has begun, and `UsageError` when
+    the place of a result that is still to come is taken.
+    """
+    count = next((index for index, task in enumerate(tasks) if not _is_finished(task)), len(tasks))
+    for index, task in enumerate(tasks[count:], count):
+        later = [other.stage.name for other in tasks[index + 1 :] if _begun(other) in task.workspace.units()]
+        if later:
+            raise WorkspaceError(
+                f"'{task.stage.out or task.stage.name}', on which '{later[0]}' was built, is missing or changed.",
+                remedy="Put it back, or begin anew with --restart.",
+            )
+        if task.stage.out is not None:
+            check_free(task.out, task.workspace.overwrite)
+    return count
+
+
+def _report(recipe: Recipe, records: Mapping[str, Mapping[str, Any]], workspace: Workspace) -> dict[str, Any]:
+    others = {name: record for name, record in records.items() if name != "quantize"}
+    head = {"recipe": recipe.model_dump(mode="json"), "stages": list(records)}
+    report = {**head, **records.get("quantize", {}), **others}
+    write_json(workspace.path(REPORT), report)
+    if len(records) > 1:
+        write_json(Path(recipe.out) / REPORT, report)
+    return report
+
+
+def _distill(task: Task) -> dict[str, Any]:
+    from compress.distillation.run import distill_stage
+
+    recipe = task.recipe
+    assert recipe.distill is not None
+    return distill_stage(
+        recipe.distill,
+        task.stage.source,
+        task.out,
+        task.workspace,
+        seed=recipe.seed,
+        device=recipe.device,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+
+
+def _quantize(task: Task) -> dict[str, Any]:
+    from compress.codecs import codec
+    from compress.quantization.run import quantize_checkpoint
+
+    asked, planned = task.recipe.quantize, task.plan.quantization
+    assert asked is not None
+    assert planned is not None
+    return quantize_checkpoint(
+        resolve_model(task.source),
+        task.out,
+        {matrix.name: matrix.width for matrix in planned.matrices},
+        codec(asked.codec.name, **asked.codec.options),
+        task.workspace,
+        task.workspace.events,
+        bits_target=asked.bits,
+        max_shard_bytes=asked.max_shard_bytes,
+    )
+
+
+def _export(task: Task) -> dict[str, Any]:
+    from compress.exporters import export
+    from compress.modeling.loading import load_model
+
+    unit = task.stage.name
+    record = task.workspace.published(unit, task.out)
+    if record is not None:
+        return record
+    model = load_model(task.source, trust_remote_code=task.recipe.trust_remote_code)
+    staged, folder = stage_beside(task.out), resolve_model(task.source)
+    to = unit.partition(":")[2]
+    report = export(model, staged, to=to, tokenizer_from=folder, events=task.workspace.events)
+    task.workspace.publish(unit, staged, task.out, report.to_dict())
+    return report.to_dict()
+
+
+def _evaluate(task: Task) -> dict[str, Any]:
+    from compress.reporting.comparison import compare
+
+    record = task.workspace.done(task.stage.name)
+    if record is not None:
+        return record
+    recipe = task.recipe
+    assert recipe.evaluate is not None
+    models = compare(
+        _subjects(task),
+        recipe.evaluate,
+        scratch=task.workspace.path("scratch", "onnx"),
+        events=task.workspace.events,
+        device=recipe.device,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+    task.workspace.commit(task.stage.name, [], {"models": models})
+    return {"models": models}
+
+
+def _subjects(task: Task) -> list[Subject]:
+    """The columns of the comparison: the models named to compare with, then what the run made, the result last."""
+    from compress.reporting.comparison import Subject
+
+    asked = task.recipe.evaluate
+    assert asked is not None
+    made = {stage.name: stage.out for stage in task.plan.stages if stage.out is not None}
+    onnx = made.get("export:onnx")
+    names = {"distill": "distilled", "quantize": "quantized"}
+    columns = {reference: reference for reference in asked.compare}
+    columns |= {name: made[stage] for stage, name in names.items() if stage in made}
+    if task.source not in columns.values():
+        columns[task.source] = task.source
+    return [
+        Subject(name, model, Path(onnx) if onnx is not None and model == task.source else None)
+        for name, model in columns.items()
+    ]
+
+
+HANDLERS: Mapping[str, Handler] = {
+    "distill": Handler(lambda stage: "distill", _distill),
+    "quantize": Handler(lambda stage: "quantize/artifact", _quantize),
+    "export": Handler(lambda stage: stage.name, _export),
+    "evaluate": Handler(lambda stage: stage.name, _evaluate),
+}

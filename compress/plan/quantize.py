@@ -1,0 +1,91 @@
+"""The plan of a quantization: each matrix with its bits, and the size of the result, known before a weight is read.
+
+A code's size does not depend on the weights, so bits per weight and the bytes of the files are exact; where the student
+is yet to be made from random weights, the bytes leave out the files' headers. Memory is an estimate: one block in
+float32, and a few working copies of its largest matrix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from compress.codecs import Codec, codec
+from compress.modeling.structure import MatrixView, matrices, require_linear
+from compress.plan.subject import Subject
+from compress.quantization.allocation import uniform
+from compress.quantization.target import open_target, predict
+
+if TYPE_CHECKING:
+    from compress.recipe import QuantizeRecipe
+
+WORKING_COPIES = 4
+"""Of a block's largest matrix while it is rounded: the weight, its groups, the codes, and what they decode to."""
+
+
+@dataclass(frozen=True)
+class MatrixPlan:
+    """One matrix of the target set. `group` names the matrices that share its width; `bytes` is its whole payload."""
+
+    name: str
+    shape: tuple[int, int]
+    block: int
+    group: str
+    codec: str
+    width: int
+    bits_per_weight: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class QuantizationPlan:
+    """`bits_per_weight` over the target set, `model_bits_per_weight` = 8 `model_bytes` / parameters."""
+
+    bits_target: float
+    bits_per_weight: float
+    model_bits_per_weight: float
+    model_bytes: int
+    data_free: bool
+    memory_bytes: int
+    codec: str
+    matrices: tuple[MatrixPlan, ...]
+
+
+def plan_quantization(recipe: QuantizeRecipe, subject: Subject) -> QuantizationPlan:
+    """Raises `UsageError` for an unknown codec or option, or when `bits` is out of the codec's reach for this model;
+    `ModelError` for a model that cannot be quantized."""
+    method = codec(recipe.codec.name, **recipe.codec.options)
+    views = matrices(subject.model)
+    require_linear(views)
+    widths = uniform(views, method, recipe.bits)
+    rows = tuple(_row(view, method, widths[view.name]) for view in views)
+    weights = sum(view.weights for view in views)
+    if subject.checkpoint is not None:
+        target = open_target(subject.checkpoint.folder)
+        model_bytes = predict(target, widths, method, recipe.max_shard_bytes).model_bytes
+    else:
+        model_bytes = subject.bytes - weights * subject.model.dtype.itemsize + sum(row.bytes for row in rows)
+    return QuantizationPlan(
+        bits_target=recipe.bits,
+        bits_per_weight=sum(row.bytes for row in rows) * 8 / weights,
+        model_bits_per_weight=model_bytes * 8 / subject.parameters,
+        model_bytes=model_bytes,
+        data_free=True,
+        memory_bytes=_memory(views),
+        codec=str(recipe.codec),
+        matrices=rows,
+    )
+
+
+def _row(view: MatrixView, method: Codec, width: int) -> MatrixPlan:
+    spec = method.spec(width)
+    bits = method.bits(spec, view.shape)
+    return MatrixPlan(view.name, view.shape, view.block, view.group, spec.codec, width, bits / view.weights, bits // 8)
+
+
+def _memory(views: Sequence[MatrixView]) -> int:
+    blocks: dict[int, int] = {}
+    for view in views:
+        blocks[view.block] = blocks.get(view.block, 0) + view.weights
+    return 4 * (max(blocks.values()) + WORKING_COPIES * max(view.weights for view in views))

@@ -1,0 +1,69 @@
+"""One matrix: rounded, and measured against what it was.
+
+The error is that of the weights alone, relative to their energy: ||W - Q||^2 / ||W||^2, which is
+tr(E H E^T) / tr(W H W^T) with H = I, the case without calibration data. Both sums run in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.codecs.base import Codec, CodecSpec, QuantizedMatrix
+from compress.errors import NumericsError
+
+
+@dataclass(frozen=True)
+class MatrixReport:
+    """What became of a matrix. `relative_error` as above, `sqnr_db` = -10 log10 of it (None for an exact copy)."""
+
+    name: str
+    shape: tuple[int, int]
+    codec: str
+    bits_per_weight: float
+    relative_error: float
+    sqnr_db: float | None
+    status: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "shape": list(self.shape)}
+
+
+def require_finite(name: str, tensor: Tensor) -> None:
+    """Raise `NumericsError`, naming the tensor, when it holds NaN or infinity. Integers always pass."""
+    if not tensor.is_floating_point() or tensor.element_size() == 1:
+        return
+    bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+    if bad:
+        raise NumericsError(
+            f"The weight '{name}' holds {bad} values that are NaN or infinite.",
+            remedy="The checkpoint is damaged, or its training diverged; take an earlier one.",
+        )
+
+
+def relative_error(original: Tensor, decoded: Tensor) -> float:
+    """||original - decoded||^2 / ||original||^2 in float64; 0 when both are zero everywhere."""
+    reference = original.double()
+    energy = float(reference.square().sum())
+    error = float((reference - decoded.double()).square().sum())
+    if error == 0:
+        return 0.0
+    return error / energy if energy > 0 else math.inf
+
+
+def quantize_matrix(name: str, weight: Tensor, codec: Codec, spec: CodecSpec) -> tuple[QuantizedMatrix, MatrixReport]:
+    """Round `weight` [out, in] with `codec` and measure the result.
+
+    Raises `NumericsError` for NaN or infinity, `CodecError` for a matrix that the codec cannot carry.
+    """
+    require_finite(name, weight)
+    quantized = codec.quantize(weight.float(), spec)
+    error = relative_error(weight, quantized.dequantize())
+    sqnr = -10 * math.log10(error) if error > 0 else None
+    return quantized, MatrixReport(
+        name, quantized.shape, spec.codec, quantized.bits_per_weight, error, sqnr, "quantized"
+    )

@@ -1,0 +1,195 @@
+"""Quantizing a checkpoint block by block, from folder to folder.
+
+    for each block: read a matrix -> round it -> measure it -> keep its payload; write the block's file; commit
+    then: copy everything else and the payloads into the artifact, tensor by tensor; publish
+
+One matrix and its codes are in memory at a time, and one block's payloads. A block that was committed is not done
+again: killed at any moment, the next run with the same work folder continues and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from compress.codecs.base import Codec
+from compress.errors import ArtifactError, ModelError
+from compress.events import Events, seconds_left
+from compress.formats.config import QuantizationConfig
+from compress.formats.native import write_artifact, write_weights
+from compress.modeling.io import read_tensors
+from compress.modeling.structure import MatrixView, read_view
+from compress.modeling.writer import MAX_SHARD_BYTES, write_tensors
+from compress.ops import backend
+from compress.quantization.blocks import by_block, mean_error, quantize_block
+from compress.quantization.matrix import MatrixReport, require_finite
+from compress.quantization.target import Target, entries, open_target, predict
+from compress.workspace import Workspace, check_free, disk_errors, stage_beside
+
+STAGE = "quantize"
+
+
+def quantize_checkpoint(
+    source: Path,
+    out: Path,
+    widths: Mapping[str, int],
+    codec: Codec,
+    workspace: Workspace,
+    events: Events,
+    *,
+    bits_target: float | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Quantize the model in `source` into the artifact `out` and return its report, which is also `out/report.json`.
+
+    `widths` gives each matrix of the target set its code width. Units of `workspace` named `quantize/...` are used.
+    Raises `ModelError`, `NumericsError` or `CodecError` for what cannot be quantized, `UsageError` when `out` is
+    taken, `WorkspaceError` on a full disk; `out` then does not exist.
+    """
+    finished = workspace.published(f"{STAGE}/artifact", out)
+    if finished is not None:
+        report: dict[str, Any] = finished["report"]
+        return report
+    check_free(out, workspace.overwrite)
+    target = open_target(source, trust_remote_code)
+    _check_widths(target, widths)
+    _check_finite(target, workspace)
+    blocks = by_block(target.views)
+    with events.stage(STAGE, len(blocks)):
+        records = _quantize_blocks(target, blocks, widths, codec, workspace, events)
+    report = _report(target, widths, codec, records, bits_target, max_shard_bytes)
+    staged = stage_beside(out)
+    started = time.monotonic()
+    with disk_errors(out):
+        staged.mkdir()
+        tensors = _assemble(target, [_unit_file(workspace, index) for index in range(len(blocks))])
+        write_weights(staged, entries(target, widths, codec), tensors, max_shard_bytes)
+        specs = {view.module: codec.spec(widths[view.name]) for view in target.views}
+        config = QuantizationConfig.from_specs(specs, target.ignore, report["bits_per_weight"])
+        report["seconds"] = sum(record["seconds"] for record in records) + time.monotonic() - started
+        report["peak_rss_bytes"] = max(peak_rss_bytes(), *(record["peak_rss_bytes"] for record in records))
+        write_artifact(staged, source, config, report)
+    workspace.publish(f"{STAGE}/artifact", staged, out, {"report": report})
+    return report
+
+
+def peak_rss_bytes() -> int:
+    """The largest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _quantize_blocks(
+    target: Target,
+    blocks: Sequence[list[MatrixView]],
+    widths: Mapping[str, int],
+    codec: Codec,
+    workspace: Workspace,
+    events: Events,
+) -> list[dict[str, Any]]:
+    """The record of every block, done now or in an earlier run."""
+    records = []
+    started, fresh = time.monotonic(), 0
+    for index, views in enumerate(blocks):
+        unit = f"{STAGE}/{index:05d}"
+        record = workspace.done(unit)
+        if record is None:
+            path = _unit_file(workspace, index)
+            record = _quantize_one(target, views, widths, codec, path)
+            workspace.commit(unit, [path], record)
+            fresh += 1
+        records.append(record)
+        events.emit(
+            "step",
+            stage=STAGE,
+            index=index + 1,
+            total=len(blocks),
+            name=f"block {index}",
+            seconds_left=seconds_left(started, fresh, fresh + len(blocks) - index - 1),
+            relative_error=mean_error([_matrix_report(row) for row in record["matrices"]]),
+        )
+    return records
+
+
+def _quantize_one(
+    target: Target, views: Sequence[MatrixView], widths: Mapping[str, int], codec: Codec, path: Path
+) -> dict[str, Any]:
+    """Quantize one block into the file `path`; its record."""
+    started = time.monotonic()
+
+    def read(view: MatrixView) -> Tensor:
+        return read_view(target.checkpoint.read(target.stored[view.parameter]), view)
+
+    payloads, reports = {}, []
+    for view, matrix, report in quantize_block(views, read, codec, widths):
+        payloads[view.parameter] = matrix.payload()
+        reports.append(report.to_dict())
+    with disk_errors(path):
+        write_tensors(path, payloads)
+    return {"matrices": reports, "seconds": time.monotonic() - started, "peak_rss_bytes": peak_rss_bytes()}
+
+
+def _assemble(target: Target, unit_files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of the artifact, one at a time: first those that stay, then each block's payloads."""
+    packed = {view.parameter for view in target.views}
+    for name, stored in target.stored.items():
+        if name not in packed:
+            yield name, target.checkpoint.read(stored)
+    for path in unit_files:
+        yield from read_tensors(path, ArtifactError).items()
+
+
+def _report(
+    target: Target,
+    widths: Mapping[str, int],
+    codec: Codec,
+    records: Sequence[Mapping[str, Any]],
+    bits_target: float | None,
+    max_shard_bytes: int,
+) -> dict[str, Any]:
+    size = predict(target, widths, codec, max_shard_bytes)
+    return {
+        "bits_target": bits_target,
+        "bits_per_weight": size.bits_per_weight,
+        "model_bits_per_weight": size.model_bits_per_weight,
+        "model_bytes": size.model_bytes,
+        "original_bytes": target.checkpoint.total_bytes,
+        "parameters": target.parameters,
+        "backend": backend(),
+        "matrices": [row for record in records for row in record["matrices"]],
+    }
+
+
+def _check_finite(target: Target, workspace: Workspace) -> None:
+    """Read every parameter once before the work begins: a NaN should not be found after hours of it."""
+    unit = f"{STAGE}/checked"
+    if workspace.done(unit) is None:
+        for name, stored in target.stored.items():
+            if name in target.known:
+                require_finite(stored, target.checkpoint.read(stored))
+        workspace.commit(unit, [], {})
+
+
+def _check_widths(target: Target, widths: Mapping[str, int]) -> None:
+    names = {view.name for view in target.views}
+    if names != widths.keys():
+        wrong = sorted(names ^ widths.keys())
+        raise ModelError(
+            f"The plan and the model in '{target.source}' differ in {len(wrong)} matrices, such as '{wrong[0]}'.",
+            remedy="Plan again for this model.",
+        )
+
+
+def _unit_file(workspace: Workspace, index: int) -> Path:
+    return workspace.path("blocks", f"{index:05d}.safetensors")
+
+
+def _matrix_report(row: Mapping[str, Any]) -> MatrixReport:
+    return MatrixReport(**{**row, "shape": tuple(row["shape"])})

@@ -1,0 +1,192 @@
+"""Files that are whole or absent: atomic writes, hashes, and results that appear by one rename.
+
+A file or folder is built beside its place, made durable (fsync), and renamed; until then the place is as it was.
+Errors of a full disk, a quota or missing rights become a `WorkspaceError` that says what to do.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+import compress
+from compress.errors import UsageError, WorkspaceError
+
+FORMAT_VERSION = 1
+ARTIFACT_MARK = "compress.json"
+"""A folder that holds this file was written by us; only such a folder, or an empty one, is ever replaced."""
+
+Json = Any
+"""Whatever `json.loads` can return."""
+
+FULL_DISK = ("No space left on device", "inline_container.cc", "PytorchStreamWriter")
+"""What safetensors and torch say, in errors of their own, when a file cannot be written to its end."""
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn the errors of a full disk, a quota or missing rights at `path` into a `WorkspaceError`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise _disk_full(path) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            remedy = "Name a folder that you may write to."
+            raise WorkspaceError(f"Cannot write '{path}': {error.strerror}.", remedy=remedy) from error
+        raise
+    except (RuntimeError, SafetensorError) as error:
+        if any(words in str(error) for words in FULL_DISK):
+            raise _disk_full(path) from error
+        raise
+
+
+def _disk_full(path: Path) -> WorkspaceError:
+    return WorkspaceError(
+        f"Cannot write '{path}': no space left on the device.",
+        remedy="Free some space and run the same command again: it takes up where it stopped.",
+    )
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the entries of `folder` durable (an fsync of the folder itself)."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Make the content of a file durable."""
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def sync_tree(folder: Path) -> None:
+    """Make a folder with all that is in it durable, the inner ones first."""
+    for root, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            sync_file(Path(root, name))
+        sync_folder(Path(root))
+
+
+def atomic_write(path: Path, payload: bytes) -> None:
+    """Write a file so that `path` holds the old content or the new, whatever happens in between.
+
+    Raises `WorkspaceError` on a full disk or missing rights, and leaves nothing behind then.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with disk_errors(path):
+        try:
+            with temporary.open("wb") as stream:
+                stream.write(payload)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Json) -> None:
+    """Write JSON that a person can read, atomically."""
+    atomic_write(path, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's content."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def tree_sha256(folder: Path) -> str:
+    """One hex SHA-256 over the relative paths and contents of all files below `folder`, in the order of the paths."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{file_sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+def seal(folder: Path) -> None:
+    """Write `compress.json` into a finished folder: size and sha256 of every file in it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / ARTIFACT_MARK)
+    entries = {path.relative_to(folder).as_posix(): file_entry(path) for path in files}
+    producer = f"compress {compress.__version__}"
+    write_json(folder / ARTIFACT_MARK, {"format_version": FORMAT_VERSION, "producer": producer, "files": entries})
+
+
+def file_entry(path: Path) -> dict[str, Json]:
+    """Size and hash of a file, as manifests hold them."""
+    return {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+
+def check_free(final: Path, overwrite: bool = False) -> None:
+    """Refuse a place that a result may not take: something is there and is not to be, or must not be, replaced.
+
+    A missing or empty folder is free. Raises `UsageError`.
+    """
+    if not final.exists() or (final.is_dir() and not any(final.iterdir())):
+        return
+    if not final.is_dir():
+        raise UsageError(f"'{final}' exists and is no folder.", remedy="Name another --out.")
+    if not overwrite:
+        raise UsageError(
+            f"The folder '{final}' exists and is not empty.",
+            remedy="Name another --out, or replace an older result with --restart.",
+        )
+    if not (final / ARTIFACT_MARK).is_file():
+        raise UsageError(
+            f"The folder '{final}' holds something that compress did not write (there is no {ARTIFACT_MARK} in it).",
+            remedy="Name another --out, or remove the folder yourself.",
+        )
+
+
+def stage_beside(final: Path) -> Path:
+    """A path beside `final`, hence on its file system, to build it in. What a killed run left there is removed."""
+    staged = _staged_path(final)
+    with disk_errors(final):
+        if staged.exists():
+            shutil.rmtree(staged)
+        staged.parent.mkdir(parents=True, exist_ok=True)
+    return staged
+
+
+def discard_staged(final: Path) -> None:
+    """Remove what was built beside `final` and did not become it."""
+    shutil.rmtree(_staged_path(final), ignore_errors=True)
+
+
+def _staged_path(final: Path) -> Path:
+    return final.with_name(f".{final.name}.compress-partial")
+
+
+def publish(staged: Path, final: Path, overwrite: bool = False) -> None:
+    """Move the finished folder `staged` to `final`, on the same file system, so that it appears whole or not at all.
+
+    With `overwrite` an older artifact of ours gives way; it is moved aside first and removed last. Raises `UsageError`
+    where `check_free` does, `WorkspaceError` on a full disk or missing rights.
+    """
+    check_free(final, overwrite)
+    with disk_errors(final):
+        sync_tree(staged)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        aside = final.with_name(f".{final.name}.compress-old")
+        if aside.exists():
+            shutil.rmtree(aside)
+        if final.exists() and any(final.iterdir()):
+            final.rename(aside)
+        staged.rename(final)
+        sync_folder(final.parent)
+        if aside.exists():
+            shutil.rmtree(aside)

@@ -1,0 +1,92 @@
+"""docs/formats.md is enough to read a payload: a decoder written from its text alone, in plain Python."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from compress.codecs import CodecSpec, codec
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def fl32(value: float) -> float:
+    """The nearest float32. A product of two float32 is exact in float64, so this rounds it once."""
+    return float(struct.unpack("<f", struct.pack("<f", value))[0])
+
+
+@lru_cache(maxsize=100_000)
+def count(d: int, k: int, m: int) -> int:
+    if k < 0 or d == 0:
+        return int(d == 0 and k == 0)
+    return count(d - 1, k, m) + 2 * sum(count(d - 1, k - j, m) for j in range(1, m + 1))
+
+
+def vector(index: int, dim: int, k: int, m: int) -> list[int]:
+    y = []
+    for i in range(1, dim + 1):
+        a = count(dim - i, k, m)
+        if index < a:
+            y.append(0)
+            continue
+        index -= a
+        u = 1
+        while index >= 2 * count(dim - i, k - u, m):
+            index -= 2 * count(dim - i, k - u, m)
+            u += 1
+        negative = index >= count(dim - i, k - u, m)
+        index -= count(dim - i, k - u, m) if negative else 0
+        y.append(-u if negative else u)
+        k -= u
+    return y
+
+
+def decode(description: dict[str, object], rows: int, columns: int, payload: bytes) -> list[list[float]]:
+    dim, width, options = int(description["dim"]), int(description["width"]), description["options"]
+    tables = json.loads((ROOT / "compress/codecs/pyramid/levels.json").read_text())["tables"]
+    chosen = [t for t in tables if (t["version"], t["dim"], t["max"]) == (options["table"], dim, options["max"])]
+    line = chosen[0]["widths"][str(width)]
+    groups = (columns + dim - 1) // dim
+    assert len(payload) == 4 + rows + (rows * groups * width + 7) // 8
+    scale = struct.unpack("<f", payload[:4])[0]
+    stream = int.from_bytes(payload[4 + rows :], "little")
+    weight = []
+    for r in range(rows):
+        q = payload[4 + r]
+        row_scale = fl32(scale * fl32(2.0 ** (-(255 - q) / 16))) if q else 0.0
+        row: list[float] = []
+        for g in range(groups):
+            code = stream >> ((r * groups + g) * width) & ((1 << width) - 1)
+            container = fl32(row_scale * fl32(line["levels"][code % len(line["levels"])]))
+            y = vector(code // len(line["levels"]), dim, line["pulses"], line["limit"])
+            row += [fl32(container * pulses) for pulses in y]
+        weight.append(row[:columns])
+    return weight
+
+
+@pytest.mark.parametrize(("largest", "width"), [(7, 24), (7, 52), (7, 64), (127, 61), (127, 64)])
+def test_a_decoder_written_from_the_text_reads_payloads(largest: int, width: int) -> None:
+    pyramid = codec("pyramid", max=largest)
+    weight = torch.randn(5, 45, generator=torch.Generator().manual_seed(width))
+    weight[3] = 0
+    matrix = pyramid.quantize(weight, pyramid.spec(width))
+    raw = matrix.payload().view(torch.uint8).numpy().tobytes()
+    assert torch.equal(torch.tensor(decode(matrix.spec.to_dict(), 5, 45, raw)), matrix.dequantize())
+
+
+def test_the_worked_example() -> None:
+    text = (ROOT / "docs/formats.md").read_text().split("### A worked example")[1]
+    weight = torch.tensor([[float(v) for v in re.findall(r"\n    ([-\d ]+)\n", text)[0].split()]])
+    description = json.loads(re.findall(r"`(\{.*\})`", text)[0])
+    payload = bytes.fromhex(re.findall(r"```\n([0-9a-f ]+)\n```", text)[0])
+    matrix = codec("pyramid").quantize(weight, CodecSpec.from_dict(description))
+    assert matrix.payload().view(torch.uint8).numpy().tobytes() == payload
+    y = [int(v) for v in re.findall(r"y = ([-\d ]+)\n", text)[0].split()]
+    assert matrix.integers()[0].tolist() == [y]
+    assert decode(description, 1, 16, payload) == matrix.dequantize().tolist()
