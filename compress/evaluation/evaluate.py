@@ -27,7 +27,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure `model` on `data`: perplexity and bits per byte for a causal model (and its KL divergence from
     `reference`), the embeddings' cosine with `reference` for an encoder. `evaluation/causal.py` and
-    `evaluation/encoder.py` define each figure. Models run in float32. `limit` is in tokens.
+    `evaluation/encoder.py` define each figure. A model named by a string is loaded in float32, one given as an object
+    runs as it is. The tokenizer is that of the model, or of the reference when the model is an object. `limit` is in
+    tokens.
 
     Raises `UsageError` when an encoder comes without a reference, `ModelError` when two vocabularies differ,
     `DataError` for data that does not fill one window.
@@ -35,9 +37,10 @@ def evaluate(
     if context < 2:
         raise UsageError(f"A context of {context} tokens scores none.", remedy="Give --context of at least 2.")
     if tokenizer is None:
-        if not isinstance(model, str):
+        named = model if isinstance(model, str) else reference
+        if not isinstance(named, str):
             raise UsageError("A model given as an object needs its tokenizer.", remedy="Pass tokenizer=...")
-        tokenizer = load_tokenizer(model)
+        tokenizer = load_tokenizer(named)
     source = text_source(data)
     subject = _model(model, device, trust_remote_code)
     other = None if reference is None else _model(reference, device, trust_remote_code)

@@ -1,8 +1,9 @@
 """The comparison that ends a run: models side by side, with the figures that say what was gained and what was lost.
 
 Each model is loaded once, in float32, and measured on the same windows: sizes, the figures of
-`evaluation/evaluate.py`, and where asked the speed of decoding in torch and in ONNX Runtime and a few texts. A model
-that the run did not export is exported for the measurement and the export removed again.
+`evaluation/evaluate.py`, and where asked the speed of decoding in torch and in ONNX Runtime. The last model, the
+result of the run, also writes a few texts. A model that the run did not export is exported for the measurement and the
+export removed again.
 """
 
 from __future__ import annotations
@@ -60,6 +61,9 @@ def compare(
         for index, subject in enumerate(subjects, 1):
             model = load_model(subject.model, device=device, trust_remote_code=trust_remote_code)
             figures[subject.name] = _measure(subject, model, reference, asked, scratch)
+            if asked.samples and index == len(subjects):
+                tokenizer = load_tokenizer(subject.model)
+                figures[subject.name]["samples"] = write_samples(model, tokenizer, asked.data, asked.samples)
             shown = {k: v for k, v in figures[subject.name].items() if k in ("perplexity", "kl_divergence", "cosine")}
             events.emit(
                 "step",
@@ -88,8 +92,6 @@ def _measure(
     )
     if asked.tokens_per_second:
         figures |= _speeds(subject, model, scratch)
-    if asked.samples:
-        figures["samples"] = write_samples(model, tokenizer, asked.data, asked.samples)
     return figures
 
 
