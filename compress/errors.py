@@ -7,6 +7,9 @@ exits with `exit_code`: 1 when the work failed, 2 when the request itself was wr
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class CompressError(Exception):
     """Base of all errors raised on purpose. `str(error)` is the message followed by the remedy."""
@@ -65,3 +68,11 @@ class DependencyError(CompressError):
             f"The package '{package}' is not installed.",
             remedy=f'Install it with: pip install "model-compress[{extra}]".',
         )
+
+
+def nearest(word: str, known: Iterable[str], lead: str) -> str:
+    """A remedy for a misspelt name: the nearest known one, if one is near, and all of them after `lead`."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1)
+    hint = f"Did you mean '{close[0]}'? " if close else ""
+    return f"{hint}{lead}: {', '.join(names) if names else 'none'}."

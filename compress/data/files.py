@@ -1,4 +1,4 @@
-"""Text from files: `text:FILE`, `json:FILE#FIELD`, `csv:FILE#FIELD,FIELD[,...]`."""
+"""Text from files: `text:FILE`, `json:FILE#FIELD`, `csv:FILE#FIELD,FIELD`."""
 
 from __future__ import annotations
 
@@ -66,19 +66,34 @@ class JsonFile:
 
 
 class CsvFile:
-    """Columns of a CSV file with a header; the named columns of a row, joined by newlines, are a document."""
+    """Columns of a CSV file; those of a row that are asked for, joined by newlines, are a document. Columns are named
+    by the header, or, in a file without one, by their numbers from 0."""
 
     def __init__(self, path: Path, fields: list[str], spec: str) -> None:
         self.path, self.fields, self.spec, self.origin = path, fields, spec, path.name
 
     def documents(self) -> Iterator[Document]:
-        reader = csv.DictReader(_read(self.path, self.spec).splitlines(keepends=True))
-        known = reader.fieldnames or []
-        if missing := [field for field in self.fields if field not in known]:
-            raise DataError(
-                f"'{self.path}' has no column '{missing[0]}' (it has: {', '.join(known)}).",
-                remedy=f"Write csv:{self.path}#COLUMN,COLUMN with its columns.",
-            )
-        for number, row in enumerate(reader):
-            if text := "\n".join(row[field] or "" for field in self.fields).strip():
+        rows = csv.reader(_read(self.path, self.spec).splitlines(keepends=True))
+        if all(field.isdecimal() for field in self.fields):
+            columns = [int(field) for field in self.fields]
+        else:
+            columns = self._columns(next(rows, []))
+        for number, row in enumerate(rows):
+            if text := "\n".join(self._cell(row, column, number) for column in columns).strip():
                 yield Document(f"{self.path.name}#{number}", text)
+
+    def _columns(self, header: list[str]) -> list[int]:
+        if missing := [field for field in self.fields if field not in header]:
+            raise DataError(
+                f"'{self.path}' has no column '{missing[0]}' (its first row is: {', '.join(header)}).",
+                remedy=f"Write csv:{self.path}#COLUMN,COLUMN; without a header, columns are numbers from 0.",
+            )
+        return [header.index(field) for field in self.fields]
+
+    def _cell(self, row: list[str], column: int, number: int) -> str:
+        if column >= len(row):
+            raise DataError(
+                f"Row {number} of '{self.path}' has {len(row)} columns, none with number {column}.",
+                remedy="Correct the row, or name other columns.",
+            )
+        return row[column]

@@ -6,7 +6,7 @@
 | `packages:NAME,NAME` | the Python source of installed packages |
 | `text:FILE` | a UTF-8 file, one document |
 | `json:FILE#FIELD` | a field of a JSON list or of JSON lines, one document a record |
-| `csv:FILE#FIELD,FIELD` | columns of a CSV file with a header, one document a row |
+| `csv:FILE#FIELD,FIELD` | columns of a CSV file, by header or number, one document a row |
 """
 
 from __future__ import annotations

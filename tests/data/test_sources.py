@@ -57,6 +57,8 @@ def test_json_csv_and_chains(tmp_path: Path) -> None:
         d.text for d in text_source([f"csv:{tmp_path / 't.csv'}#q,a", f"json:{tmp_path / 'list.json'}#a"]).documents()
     ]
     assert texts == ["one\n1", "two\n2", 'th\nree\n3 "x"', "1", "2"]
+    texts = [d.text for d in text_source(f"csv:{tmp_path / 't.csv'}#1").documents()]
+    assert texts == ["a", "1", "2", '3 "x"']
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,8 @@ def test_json_csv_and_chains(tmp_path: Path) -> None:
         ("json:{here}/latin.txt", "names no field"),
         ("json:{here}/bad.json#q", "neither a JSON list nor JSON lines"),
         ("json:{here}/good.json#x", "Record 0 .* has no field 'x' .it has: q"),
-        ("csv:{here}/good.csv#x", "no column 'x' .it has: a, b"),
+        ("csv:{here}/good.csv#x", "no column 'x' .its first row is: a, b"),
+        ("csv:{here}/good.csv#0,2", "Row 0 of .* has 2 columns, none with number 2"),
         ("packages:no_such_package", "'no_such_package' .* is not installed"),
     ],
 )
