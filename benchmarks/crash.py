@@ -2,10 +2,13 @@
 
     python benchmarks/crash.py [--kills 10] [--quick] [--json]
 
-For `distill` and for `quantize`: one unbroken run, then runs that are killed at a moment drawn uniformly over the time
-that the unbroken one took and started again with the same command, until the given number of kills is reached and the
-last run has ended by itself. "Equal" means the contract's "same bytes": all weight, config and tokenizer files, and
-report.json without its times and memory; and, for distill, every logged loss.
+For `distill` and for `quantize`: one unbroken run, then runs that are killed and started again with the same command,
+until the given number of kills is reached and the last run has ended by itself. "Equal" means the contract's "same
+bytes": all weight, config and tokenizer files, and report.json without its times and memory; and, for distill, every
+logged loss.
+
+The moments are drawn uniformly over the time in which a run works: from when it holds the lock of its work folder (what
+comes before is imports and the plan) to when it has written its report (what comes after is the interpreter's end).
 """
 
 from __future__ import annotations
@@ -14,12 +17,14 @@ import argparse
 import hashlib
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 UNSTABLE = {"README.md", "compress.json"}
@@ -27,24 +32,45 @@ UNSTABLE = {"README.md", "compress.json"}
 UNSTABLE_FIELDS = ("seconds", "peak_rss_bytes")
 
 
+POLL_SECONDS = 0.002
+
+Command = Callable[[Path], list[str]]
+"""A command line for a given `--out`."""
+
+
 @dataclass
 class Result:
+    """`moments`: when each kill hit, as parts of the time that the unbroken run worked."""
+
     command: str
     kills: int
     starts: int
-    seconds_unbroken: float
-    same_bytes: bool
-    same_losses: bool
+    seconds_worked: float
+    moments: list[float] = field(default_factory=list)
+    same_bytes: bool = True
+    same_losses: bool = True
 
 
-def command_line(name: str, out: Path, steps: int) -> list[str]:
-    base = [sys.executable, "-m", "compress.cli.main", name]
-    if name == "quantize":
-        return [*base, "builtin:teacher", "--bits", "3.25", "--out", str(out), "--quiet"]
-    options = ["--teacher", "builtin:teacher", "--student", "builtin:student", "--data", "builtin:python/val"]
-    recipe = ["--loss", "kl", "--steps", str(steps), "--save-every", "4", "--log-every", "2"]
-    size = ["--batch-size", "4", "--context", "64"]
-    return [*base, *options, *recipe, *size, "--out", str(out), "--quiet"]
+def quantize_command(model: str = "builtin:teacher", bits: float = 3.25) -> Command:
+    words = [sys.executable, "-m", "compress.cli.main", "quantize", model, "--bits", str(bits), "--quiet"]
+    return lambda out: [*words, "--out", str(out)]
+
+
+def distill_command(
+    teacher: str = "builtin:teacher",
+    student: str = "builtin:student",
+    data: str = "builtin:python/val",
+    steps: int = 40,
+    context: int = 64,
+) -> Command:
+    words = [sys.executable, "-m", "compress.cli.main", "distill", "--teacher", teacher, "--student", student]
+    words += ["--data", data, "--loss", "kl", "--steps", str(steps), "--save-every", "4", "--log-every", "2"]
+    words += ["--batch-size", "4", "--context", str(context), "--quiet"]
+    return lambda out: [*words, "--out", str(out)]
+
+
+def work_folder(out: Path) -> Path:
+    return out.with_name(f"{out.name}.work")
 
 
 def digest(out: Path) -> dict[str, str]:
@@ -62,45 +88,79 @@ def digest(out: Path) -> dict[str, str]:
 def losses(out: Path) -> dict[int, set[float]]:
     """The losses that a run's log gives for each step: one value, unless a restart logged another."""
     found: dict[int, set[float]] = {}
-    for line in (out.with_name(out.name + ".work") / "log.jsonl").read_text().splitlines():
+    for line in (work_folder(out) / "log.jsonl").read_text().splitlines():
         event = json.loads(line)
         if event["kind"] == "step" and "loss" in event:
             found.setdefault(event["index"], set()).add(event["loss"])
     return found
 
 
-def killed_runs(command: list[str], kills: int, seconds: float, draw: random.Random) -> tuple[int, int]:
-    """Start `command` until it ends by itself, killing it at random moments; returns (kills that hit, starts)."""
-    hits = starts = 0
-    while True:
-        starts += 1
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+def begin(command: Command, out: Path) -> subprocess.Popen[str]:
+    """Start the command, and return when it has locked its work folder, or ended."""
+    process = subprocess.Popen(command(out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    lock = work_folder(out) / "lock"
+    while process.poll() is None:
+        if lock.exists() and lock.read_text() == f"pid {process.pid}":
+            break
+        time.sleep(POLL_SECONDS)
+    return process
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    """Wait for a run to end by itself. Raises `RuntimeError` with what it said when it failed."""
+    _, errors = process.communicate()
+    if process.returncode != 0:
+        raise RuntimeError(f"{process.args} failed:\n{errors}")
+
+
+def unbroken_run(command: Command, out: Path) -> float:
+    """Run the command; the seconds from its lock to its report."""
+    process = begin(command, out)
+    started = time.monotonic()
+    report = work_folder(out) / "report.json"
+    while process.poll() is None and not report.exists():
+        time.sleep(POLL_SECONDS)
+    seconds = time.monotonic() - started
+    end(process)
+    return seconds
+
+
+def killed_runs(command: Command, out: Path, kills: int, seconds: float, draw: random.Random) -> list[float]:
+    """Start the command until it ends by itself, killing it at most `kills` times; the moments at which it was hit."""
+    hits: list[float] = []
+    while len(hits) < kills:
+        process = begin(command, out)
+        moment = draw.random()
         try:
-            _, errors = process.communicate(timeout=draw.uniform(0, seconds) if hits < kills else None)
+            process.wait(moment * seconds)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.communicate()
-            hits += 1
-            continue
-        if process.returncode != 0:
-            raise SystemExit(f"{' '.join(command)} failed:\n{errors.decode()}")
-        return hits, starts
+            hits.append(round(moment, 3))
+        else:
+            end(process)
+            return hits
+    end(begin(command, out))
+    return hits
 
 
-def measure(name: str, kills: int, steps: int, seed: int, folder: Path) -> Result:
+def measure(name: str, command: Command, kills: int, seed: int, folder: Path) -> Result:
+    """Compare runs of the command that were killed `kills` times in all with one that was not."""
     whole = folder / f"{name}-whole"
-    started = time.monotonic()
-    subprocess.run(command_line(name, whole, steps), check=True)
-    seconds = time.monotonic() - started
+    seconds = unbroken_run(command, whole)
     wanted, wanted_losses = digest(whole), losses(whole)
     draw = random.Random(seed)
-    result = Result(name, 0, 0, round(seconds, 1), True, True)
+    result = Result(name, 0, 0, round(seconds, 2))
     while result.kills < kills:
         broken = folder / f"{name}-{result.kills}"
-        hits, starts = killed_runs(command_line(name, broken, steps), kills - result.kills, seconds, draw)
-        result.kills, result.starts = result.kills + hits, result.starts + starts
+        hits = killed_runs(command, broken, kills - result.kills, seconds, draw)
+        result.kills, result.starts = result.kills + len(hits), result.starts + len(hits) + 1
+        result.moments += hits
         result.same_bytes &= digest(broken) == wanted
         result.same_losses &= losses(broken) == wanted_losses
+        if not hits:
+            shutil.rmtree(broken)
+            shutil.rmtree(work_folder(broken))
     return result
 
 
@@ -114,9 +174,10 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     kills = 2 if options.quick else options.kills
-    names = [options.only] if options.only else ["distill", "quantize"]
+    commands = {"distill": distill_command(steps=options.steps), "quantize": quantize_command()}
+    names = [options.only] if options.only else list(commands)
     with tempfile.TemporaryDirectory() as folder:
-        results = [measure(name, kills, options.steps, options.seed, Path(folder)) for name in names]
+        results = [measure(name, commands[name], kills, options.seed, Path(folder)) for name in names]
     for result in results:
         print(json.dumps(asdict(result)) if options.json else result)
     if not all(result.same_bytes and result.same_losses for result in results):

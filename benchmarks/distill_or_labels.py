@@ -88,6 +88,8 @@ def main() -> None:
             else "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items())
         )
     print(f"distilled is lower in {wins} of {len(seeds)}")
+    if wins < len(seeds):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":

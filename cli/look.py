@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from .guard import Guarded
-from .options import device_option, json_option, shown, trust_option
+from .options import checked, device_option, json_option, shown, trust_option
 
 verbose_option = click.option("-v", "--verbose", is_flag=True, help="A traceback of errors.")
 
@@ -38,31 +38,23 @@ def evaluate(
 ) -> None:
     """Measure model M on text: perplexity, bits per byte, and how far it is from a reference."""
     from compress.evaluation.evaluate import evaluate as measure
-    from compress.recipe import make_recipe
+    from compress.recipe import EvaluateRecipe
 
     from .quiet import hush_transformers
     from .tables import models_text
 
     hush_transformers()
-    asked = {"data": list(data), "reference": reference, "limit": limit, "context": context}
-    top = {"device": device, "trust_remote_code": trust_remote_code, "model": model, "out": "unused"}
-    recipe = make_recipe({**_given(top), "evaluate": _given(asked)})
-    part = recipe.evaluate
-    assert part is not None
+    asked = checked(EvaluateRecipe, {"data": data, "reference": reference, "limit": limit, "context": context})
     figures = measure(
         model,
-        data=part.data,
-        reference=part.reference,
-        context=part.context,
-        limit=part.limit,
-        device=recipe.device,
-        trust_remote_code=recipe.trust_remote_code,
+        data=asked.data,
+        reference=asked.reference,
+        context=asked.context,
+        limit=asked.limit,
+        device=device or "cpu",
+        trust_remote_code=bool(trust_remote_code),
     )
     click.echo(json.dumps(figures, indent=1, ensure_ascii=False) if as_json else models_text({model: figures}))
-
-
-def _given(options: Mapping[str, object]) -> dict[str, object]:
-    return {name: value for name, value in options.items() if value is not None}
 
 
 @click.command(cls=Guarded, short_help="What is in an artifact, matrix by matrix; verifies checksums.")

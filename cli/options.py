@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import click
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from compress.recipe import Recipe
 
+Checked = TypeVar("Checked", bound="BaseModel")
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 Decorator = Callable[[Decorated], Decorated]
 
@@ -52,18 +55,14 @@ run_options = stack(
     talk_options,
 )
 
-model_options = stack(
-    shown("--seed", 0, "Seed of everything random.", int),
-    device_option,
-    trust_option,
-)
+seed_option = shown("--seed", 0, "Seed of everything random.", int)
 
 quantize_options = stack(
     click.argument("model", metavar="M"),
     click.option("--bits", type=float, required=True, help="Bits per weight, everything stored counted."),
     shown("--codec", "pyramid", "How a matrix becomes bits.", metavar="NAME[:k=v,...]"),
     shown("--max-shard-bytes", 5_000_000_000, "Size at which a new weight file is begun.", int),
-    model_options,
+    trust_option,
 )
 
 distill_options = stack(
@@ -88,13 +87,16 @@ distill_options = stack(
     ),
     shown("--warmup-steps", 0, "Steps of linear warm-up.", int),
     shown("--weight-decay", 0.01, "Decay of the matrices.", float),
+    shown("--max-grad-norm", 1.0, "Norm to which gradients are clipped; 0 does not clip.", float),
     shown("--optimizer", "adamw", "How to step.", click.Choice(["adamw", "muon"])),
     shown("--precision", "fp32", "Of the forward pass.", click.Choice(["fp32", "bf16"])),
     click.option("--compile", is_flag=True, default=None, help="Compile the student with torch.compile."),
     shown("--save-every", 100, "Steps between checkpoints.", int),
     shown("--log-every", 10, "Steps between log lines.", int),
     click.option("--max-seconds", type=float, default=None, help="End after this time, whatever the steps."),
-    model_options,
+    seed_option,
+    device_option,
+    trust_option,
 )
 
 
@@ -112,3 +114,28 @@ def recipe_of(part: Literal["distill", "quantize"], options: Mapping[str, Any]) 
     inner = {name: value for name, value in given.items() if name in fields}
     outer = {name: value for name, value in given.items() if name not in fields}
     return make_recipe({**outer, part: inner})
+
+
+def checked(part: type[Checked], options: Mapping[str, Any]) -> Checked:
+    """A part of a recipe from options that were given, for a command that makes no recipe.
+
+    Raises `UsageError` that names the options, not the keys of a recipe.
+    """
+    from pydantic import ValidationError
+
+    from compress.errors import UsageError
+    from compress.recipe import allowed_text
+
+    given = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+    try:
+        return part.model_validate({name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+    texts = [
+        f"--{_option(detail['loc'])} is {detail['input']!r}. Allowed: {allowed_text(detail)}." for detail in details
+    ]
+    raise UsageError("\n".join(texts))
+
+
+def _option(location: tuple[int | str, ...]) -> str:
+    return str(location[0]).replace("_", "-")

@@ -58,7 +58,7 @@ def plan_text(plan: Plan) -> str:
         if stage.out is not None:
             lines.append(f"   result: {stage.out}")
         if stage.memory_bytes is not None:
-            lines.append(f"   memory: about {size(stage.memory_bytes)}, estimated")
+            lines.append(f"   memory: about {size(stage.memory_bytes)}, estimated; the program itself comes on top")
         parts.append("\n".join([*lines, *(f"   note: {note}" for note in stage.notes)]))
     parts.append(_sizes(plan))
     return "\n\n".join(parts)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .guard import Guarded
-from .options import distill_options, model_options, quantize_options, recipe_of, run_options
+from .options import distill_options, quantize_options, recipe_of, run_options, trust_option
 
 if TYPE_CHECKING:
     from compress.recipe import Recipe
@@ -72,7 +72,7 @@ def quantize(restart: bool, as_json: bool, quiet: bool, verbose: bool, **options
 @click.command(cls=Guarded, short_help="Write a model in another format.")
 @click.argument("folder", metavar="DIR")
 @click.option("--to", type=click.Choice(["onnx"]), required=True, help="Format.")
-@model_options
+@trust_option
 @out_option
 @run_options
 def export(folder: str, to: str, restart: bool, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:

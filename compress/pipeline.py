@@ -8,18 +8,20 @@ run is refused, because the parts would no longer belong together.
 
 from __future__ import annotations
 
-import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.errors import WorkspaceError
+from compress.errors import UsageError, WorkspaceError
 from compress.events import Events
 from compress.modeling.resolve import resolve_model
-from compress.plan import Plan, StagePlan, make_plan
+from compress.plan import Plan, StagePlan, arguments, make_plan
 from compress.recipe import Recipe, load_recipe
-from compress.workspace import Workspace, check_free, discard_staged, stage_beside, write_json
+from compress.storage import check_free, discard_replaced, discard_staged, reserve, seal, stage_beside, write_json
+from compress.workspace import Workspace
 
 if TYPE_CHECKING:
     from compress.reporting.comparison import Subject
@@ -64,27 +66,37 @@ def run(recipe: Recipe | str, *, restart: bool = False, events: Events | None = 
 
     The report has the figures of the quantization on top and the records of the other stages by name. It is also
     written to `report.json` in the work folder, and in `out` when the recipe has several stages. `restart` discards
-    earlier work of this recipe and lets the results replace older ones. Raises the `CompressError` of whatever went
-    wrong; the work folder can be taken up again.
+    earlier work of this recipe and lets the results replace older ones; what may not be replaced is refused before
+    anything is discarded. Raises the `CompressError` of whatever went wrong; the work folder can be taken up again.
     """
     if isinstance(recipe, str):
         recipe = load_recipe(recipe)
     plan = make_plan(recipe)
-    if not Path(plan.work).exists():
-        for stage in plan.stages:
-            if stage.out is not None:
-                check_free(Path(stage.out), restart)
-    with Workspace.open(Path(plan.work), {**recipe.arguments(), **_stamps(plan)}, restart, events) as workspace:
-        tasks = [Task(plan, stage, workspace) for stage in plan.stages]
-        finished = _finished(tasks)
-        if finished == len(tasks):
-            workspace.events.emit("note", text=f"already finished: '{recipe.out}'")
-        records = {}
-        for index, task in enumerate(tasks):
-            if index >= finished:
-                workspace.commit(_begun(task), [], {})
-            records[task.stage.name] = _carry_out(task)
-        return _report(recipe, records, workspace)
+    outs = [Path(stage.out) for stage in plan.stages if stage.out is not None]
+    with reserve(Path(plan.out)) if outs else nullcontext():
+        goes_on = Path(plan.work).exists() and not restart
+        for out in () if goes_on else outs:
+            check_free(out, restart)
+        _check_report(plan, restart or goes_on)
+        with Workspace.open(Path(plan.work), arguments(plan), restart, events) as workspace:
+            for out in outs:
+                discard_replaced(out)
+            if restart and len(plan.stages) > 1:
+                Path(plan.out, REPORT).unlink(missing_ok=True)
+            return _run_stages(plan, workspace)
+
+
+def _run_stages(plan: Plan, workspace: Workspace) -> dict[str, Any]:
+    tasks = [Task(plan, stage, workspace) for stage in plan.stages]
+    finished = _finished(tasks)
+    if finished == len(tasks):
+        workspace.events.emit("note", text=f"already finished: '{plan.out}'")
+    records = {}
+    for index, task in enumerate(tasks):
+        if index >= finished:
+            workspace.commit(_begun(task), [], {})
+        records[task.stage.name] = _carry_out(task)
+    return _report(plan, records, workspace)
 
 
 def _carry_out(task: Task) -> dict[str, Any]:
@@ -95,21 +107,6 @@ def _carry_out(task: Task) -> dict[str, Any]:
         if task.stage.out is not None:
             discard_staged(task.out)
         raise
-
-
-def _stamps(plan: Plan) -> dict[str, str | int]:
-    """What the names in the recipe stand for today: a hash of each model's files (names, sizes, times) and of the data,
-    so that work on other files is not taken up silently."""
-    recipe, stamps = plan.recipe, dict[str, str | int]()
-    teacher = None if recipe.distill is None else recipe.distill.teacher
-    for name, reference in (("model.files", recipe.model), ("distill.teacher.files", teacher)):
-        if reference is not None:
-            files = sorted(resolve_model(reference).glob("*.safetensors"))
-            facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-            stamps[name] = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-    for data in plan.data:
-        stamps[f"hash of {data['spec']}"] = data.get("sha256", data["origin"])
-    return stamps
 
 
 def _handler(task: Task) -> Handler:
@@ -146,13 +143,33 @@ def _finished(tasks: Sequence[Task]) -> int:
     return count
 
 
-def _report(recipe: Recipe, records: Mapping[str, Mapping[str, Any]], workspace: Workspace) -> dict[str, Any]:
+def _check_report(plan: Plan, overwrite: bool) -> None:
+    """Refuse a run of several stages whose `report.json` would replace somebody's file, or, unless told to, our own."""
+    path = Path(plan.out, REPORT)
+    if len(plan.stages) == 1 or not path.exists():
+        return
+    if not _is_report(path):
+        raise UsageError(f"'{path}' is no report of compress.", remedy="Name another --out, or remove it yourself.")
+    if not overwrite:
+        raise UsageError(f"'{path}' exists.", remedy="Name another --out, or replace an older result with --restart.")
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.keys() >= {"recipe", "stages"}
+
+
+def _report(plan: Plan, records: Mapping[str, Mapping[str, Any]], workspace: Workspace) -> dict[str, Any]:
     others = {name: record for name, record in records.items() if name != "quantize"}
-    head = {"recipe": recipe.model_dump(mode="json"), "stages": list(records)}
+    head = {"recipe": plan.recipe.model_dump(mode="json"), "stages": list(records)}
     report = {**head, **records.get("quantize", {}), **others}
     write_json(workspace.path(REPORT), report)
     if len(records) > 1:
-        write_json(Path(recipe.out) / REPORT, report)
+        _check_report(plan, overwrite=True)
+        write_json(Path(plan.out, REPORT), report)
     return report
 
 
@@ -188,11 +205,12 @@ def _quantize(task: Task) -> dict[str, Any]:
         task.workspace.events,
         bits_target=asked.bits,
         max_shard_bytes=asked.max_shard_bytes,
+        trust_remote_code=task.recipe.trust_remote_code,
     )
 
 
 def _export(task: Task) -> dict[str, Any]:
-    from compress.exporters import export
+    from compress.exporters import build_onnx
     from compress.modeling.loading import load_model
 
     unit = task.stage.name
@@ -200,9 +218,9 @@ def _export(task: Task) -> dict[str, Any]:
     if record is not None:
         return record
     model = load_model(task.source, trust_remote_code=task.recipe.trust_remote_code)
-    staged, folder = stage_beside(task.out), resolve_model(task.source)
-    to = unit.partition(":")[2]
-    report = export(model, staged, to=to, tokenizer_from=folder, events=task.workspace.events)
+    staged = stage_beside(task.out)
+    report = build_onnx(model, staged, tokenizer_from=resolve_model(task.source), events=task.workspace.events)
+    seal(staged)
     task.workspace.publish(unit, staged, task.out, report.to_dict())
     return report.to_dict()
 
@@ -228,18 +246,20 @@ def _evaluate(task: Task) -> dict[str, Any]:
 
 
 def _subjects(task: Task) -> list[Subject]:
-    """The columns of the comparison: the models named to compare with, then what the run made, the result last."""
+    """The columns of the comparison: the models named to compare with, then what the run made, its result last."""
     from compress.reporting.comparison import Subject
 
     asked = task.recipe.evaluate
     assert asked is not None
     made = {stage.name: stage.out for stage in task.plan.stages if stage.out is not None}
-    onnx = made.get("export:onnx")
-    names = {"distill": "distilled", "quantize": "quantized"}
-    columns = {reference: reference for reference in asked.compare}
-    columns |= {name: made[stage] for stage, name in names.items() if stage in made}
+    compared = [model for model in asked.compare if model != task.source]
+    columns = {model: model for model in compared}
+    for stage, name in (("distill", "distilled"), ("quantize", "quantized")):
+        if stage in made:
+            columns[f"{name} (result)" if name in compared else name] = made[stage]
     if task.source not in columns.values():
         columns[task.source] = task.source
+    onnx = made.get("export:onnx")
     return [
         Subject(name, model, Path(onnx) if onnx is not None and model == task.source else None)
         for name, model in columns.items()

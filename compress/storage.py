@@ -7,6 +7,7 @@ Errors of a full disk, a quota or missing rights become a `WorkspaceError` that 
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
@@ -119,8 +120,15 @@ def tree_sha256(folder: Path) -> str:
 
 
 def seal(folder: Path) -> None:
-    """Write `compress.json` into a finished folder: size and sha256 of every file in it."""
+    """Write `compress.json` into a finished folder: size and sha256 of every file in it.
+
+    Files get the rights that the umask gives (safetensors writes with those of a private temporary file).
+    """
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / ARTIFACT_MARK)
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in files:
+        path.chmod(0o666 & ~umask)
     entries = {path.relative_to(folder).as_posix(): file_entry(path) for path in files}
     producer = f"compress {compress.__version__}"
     write_json(folder / ARTIFACT_MARK, {"format_version": FORMAT_VERSION, "producer": producer, "files": entries})
@@ -171,6 +179,19 @@ def _staged_path(final: Path) -> Path:
     return final.with_name(f".{final.name}.compress-partial")
 
 
+def _aside_path(final: Path) -> Path:
+    return final.with_name(f".{final.name}.compress-old")
+
+
+def discard_replaced(final: Path) -> None:
+    """Remove the older result beside `final` that a run killed while publishing did not come to remove.
+
+    While nothing is at `final`, the older result stays: it goes once a new one has taken its place.
+    """
+    if final.exists():
+        shutil.rmtree(_aside_path(final), ignore_errors=True)
+
+
 def publish(staged: Path, final: Path, overwrite: bool = False) -> None:
     """Move the finished folder `staged` to `final`, on the same file system, so that it appears whole or not at all.
 
@@ -181,12 +202,64 @@ def publish(staged: Path, final: Path, overwrite: bool = False) -> None:
     with disk_errors(final):
         sync_tree(staged)
         final.parent.mkdir(parents=True, exist_ok=True)
-        aside = final.with_name(f".{final.name}.compress-old")
-        if aside.exists():
-            shutil.rmtree(aside)
+        aside = _aside_path(final)
         if final.exists() and any(final.iterdir()):
+            if aside.exists():
+                shutil.rmtree(aside)
             final.rename(aside)
         staged.rename(final)
         sync_folder(final.parent)
         if aside.exists():
             shutil.rmtree(aside)
+
+
+@contextmanager
+def reserve(final: Path) -> Iterator[None]:
+    """Keep other processes from making a result at `final` while the block runs, whatever work folder they use.
+
+    A hidden file beside `final` is locked and in the end removed; of a killed process it stays, unlocked and harmless.
+    Raises `WorkspaceError` when a live process holds it.
+    """
+    path = final.with_name(f".{final.name}.compress-lock")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = lock_file(path, f"makes '{final}'", "Wait for it, or name another --out.")
+    with lock:
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def lock_file(path: Path, what: str, remedy: str) -> BinaryIO:
+    """Open the file `path` (made if missing), lock it (flock), and write this process into it; closing it unlocks.
+
+    Raises `WorkspaceError` with the words "Another process (pid) `what`" when a live process holds the lock.
+    """
+    while True:
+        lock = path.open("ab")
+        try:
+            fcntl.flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.close()
+            raise WorkspaceError(f"Another process ({_holder(path)}) {what}.", remedy=remedy) from None
+        if _is_file_at(lock, path):
+            lock.truncate(0)
+            lock.write(f"pid {os.getpid()}".encode())
+            lock.flush()
+            return lock
+        lock.close()  # its last holder removed it between our opening and our locking
+
+
+def _holder(path: Path) -> str:
+    try:
+        return path.read_text().strip() or "unknown"
+    except FileNotFoundError:
+        return "just ending"
+
+
+def _is_file_at(stream: BinaryIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

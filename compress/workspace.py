@@ -18,54 +18,27 @@ the folder in the final place is its own.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 from compress.errors import WorkspaceError
 from compress.events import Events, JsonlLog
 from compress.storage import (
-    ARTIFACT_MARK,
     FORMAT_VERSION,
     Json,
-    atomic_write,
     check_free,
-    discard_staged,
     disk_errors,
     file_entry,
-    file_sha256,
+    lock_file,
     publish,
-    seal,
-    stage_beside,
     sync_file,
     sync_folder,
-    sync_tree,
     tree_sha256,
     write_json,
 )
-
-__all__ = [
-    "ARTIFACT_MARK",
-    "Workspace",
-    "atomic_write",
-    "check_free",
-    "discard_staged",
-    "disk_errors",
-    "file_sha256",
-    "publish",
-    "seal",
-    "stage_beside",
-    "sync_file",
-    "sync_folder",
-    "sync_tree",
-    "tree_sha256",
-    "write_json",
-]
 
 
 def _read_json(path: Path) -> Json:
@@ -113,9 +86,10 @@ class Workspace:
                     f"'{folder}' is not empty and no work folder.", remedy="Name a new or empty folder with --work."
                 )
             folder.mkdir(parents=True, exist_ok=True)
-            lock = (folder / "lock").open("ab")
+            lock = lock_file(
+                folder / "lock", f"works in '{folder}'", "Wait for it, or name another folder with --work."
+            )
         with lock:
-            _lock(lock, folder)
             if restart:
                 _clear(folder)
             overwrite = _settle_fingerprint(folder, json.loads(json.dumps(arguments)), restart)
@@ -204,23 +178,21 @@ class Workspace:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether `folder` is a work folder, or so empty that it may become one (a killed start leaves only the lock)."""
-    names = {path.name for path in folder.iterdir()}
-    return "fingerprint.json" in names or names <= {"lock", ".fingerprint.json.tmp"}
+    """Whether `folder` is a work folder, or so empty that it may become one (a killed start leaves only the lock).
 
-
-def _lock(lock: BinaryIO, folder: Path) -> None:
+    A restart removes what is in a work folder, so a file of the right name is not enough: it must say what ours says.
+    """
+    if {path.name for path in folder.iterdir()} <= {"lock", ".fingerprint.json.tmp"}:
+        return True
     try:
-        fcntl.flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = (folder / "lock").read_text().strip()
-        raise WorkspaceError(
-            f"Another process ({holder}) works in '{folder}'.",
-            remedy="Wait for it, or name another folder with --work.",
-        ) from None
-    lock.truncate(0)
-    lock.write(f"pid {os.getpid()}".encode())
-    lock.flush()
+        fingerprint = json.loads((folder / "fingerprint.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return (
+        isinstance(fingerprint, dict)
+        and isinstance(fingerprint.get("format_version"), int)
+        and isinstance(fingerprint.get("arguments"), dict)
+    )
 
 
 def _clear(folder: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import compress
 from compress.events import Events, TerminalProgress
-from compress.workspace import publish, seal, stage_beside
+from compress.storage import publish, seal, stage_beside
 
 HERE = Path(__file__).parent
 FIGURES = ("parameters", "bytes", "nll", "bits_per_byte", "perplexity", "tokens", "context")
@@ -30,7 +30,7 @@ def card(trained: str, figures: dict[str, Any]) -> str:
     )
     data = figures["data"]
     samples = "\n".join(
-        f"\n{number}. prompt\n\n```python\n{sample['prompt']}\n```\n\ncontinued\n\n```python\n{sample['text']}\n```"
+        f"\n{number}. prompt\n\n```text\n{sample['prompt']}\n```\n\ncontinued\n\n```text\n{sample['text']}\n```"
         for number, sample in enumerate(figures["samples"], 1)
     )
     return f"""{trained.rstrip()}

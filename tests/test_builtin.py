@@ -20,6 +20,7 @@ from compress.formats.inspect import inspect_artifact
 from compress.modeling.loading import load_model, load_tokenizer
 from compress.modeling.resolve import resolve_model
 from compress.recipe import make_recipe
+from compress.storage import file_sha256
 
 NAMES = ("teacher", "student")
 
@@ -126,3 +127,11 @@ def test_container_bits_are_reported(run: tuple[Path, dict[str, Any]]) -> None:
     assert record["container_bits_per_weight"] == pytest.approx(4 + 32 / 16)
     assert record["model_bytes"] == (run[0] / "onnx" / "model.onnx").stat().st_size
     assert json.loads((run[0] / "report.json").read_text())["export:onnx"] == record
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_checksums_are_those_of_the_files(name: str) -> None:
+    folder = resolve_model(f"builtin:{name}")
+    files = json.loads((folder / "compress.json").read_text())["files"]
+    assert {path.name for path in folder.iterdir()} == {"compress.json", *files}
+    assert all(file_sha256(folder / file) == entry["sha256"] for file, entry in files.items())

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from compress.errors import CompressError, DataError, ModelError, RecipeError, UsageError
+from compress.codecs import codec
+from compress.errors import CompressError, DataError, DependencyError, ModelError, RecipeError, UsageError
 from compress.modeling.resolve import builtin_names
+from compress.pipeline import run
 from compress.plan import Plan, make_plan
+from compress.quantization.target import open_target
 from compress.recipe import load_recipe, make_recipe, packaged_recipes
-from tests.families import llama, save
+from tests.families import bert, llama, save
 from tests.tiny_models import VOCABULARY, write_llama, write_text
 
 
@@ -23,6 +28,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_llama(folder / "teacher", text, hidden=64, layers=2, seed=1)
     write_llama(folder / "student", text, hidden=64, seed=2)
     save(llama(), folder / "other")
+    save(bert(), folder / "encoder")
+    text.with_name("numbers.txt").write_text(" ".join(str(7 * number) for number in range(2000)))
+    write_llama(folder / "foreign", text.with_name("numbers.txt"), hidden=64)
     return folder
 
 
@@ -35,6 +43,8 @@ def plan(**parts: Any) -> Plan:
     return make_plan(make_recipe({"model": "student", "out": "out", **parts}))
 
 
+EVALUATE = {"data": "text:text.txt", "context": 32}
+ENCODER = {**EVALUATE, "reference": "encoder"}
 DISTILL = {"teacher": "teacher", "data": "text:text.txt", "losses": ["kl"], "steps": 10, "batch_size": 2, "context": 32}
 
 
@@ -43,7 +53,7 @@ def test_stages_in_order_with_what_each_reads_and_writes() -> None:
         distill=DISTILL,
         quantize={"bits": 3.25},
         export=[{"to": "onnx"}],
-        evaluate={"data": "text:text.txt", "compare": ["teacher"]},
+        evaluate={**EVALUATE, "compare": ["teacher"]},
     )
     assert [(stage.name, stage.source, stage.out) for stage in made.stages] == [
         ("distill", "student", "out/distilled"),
@@ -118,11 +128,70 @@ def test_a_student_of_random_weights_is_planned_without_files() -> None:
     assert made.quantization.model_bytes == pytest.approx(of_files.quantization.model_bytes, rel=0.05)
 
 
+@pytest.mark.parametrize("bits", [0.5, 31.0])
+def test_a_rate_out_of_reach_names_the_reach(bits: float) -> None:
+    shapes = [(64, 64), (32, 64), (32, 64), (64, 64), (128, 64), (128, 64), (64, 128)]
+    method = codec("pyramid")
+    reach = [
+        sum(method.bits(method.spec(width), shape) for shape in shapes)
+        / sum(rows * columns for rows, columns in shapes)
+        for width in (min(method.widths()), max(method.widths()))
+    ]
+    message = f"{reach[0]:.3f} to {reach[1]:.3f} bits a weight, not in {bits}."
+    with pytest.raises(UsageError, match=re.escape(message)):
+        plan(quantize={"bits": bits})
+
+
+@pytest.mark.parametrize("max_shard_bytes", [5_000_000_000, 30_000])
+def test_the_predicted_size_is_that_of_the_files(tmp_path: Path, max_shard_bytes: int) -> None:
+    recipe = {"out": str(tmp_path / "q"), "quantize": {"bits": 2.75, "max_shard_bytes": max_shard_bytes}}
+    made = make_plan(make_recipe({"model": "student", **recipe}))
+    run(made.recipe)
+    sizes = [path.stat().st_size for path in (tmp_path / "q").glob("*.safetensors")]
+    assert made.quantization is not None
+    assert made.quantization.model_bytes == sum(sizes)
+    assert (len(sizes) > 1) == (max_shard_bytes == 30_000)
+
+
+@pytest.mark.parametrize("out", [".", "./", "/", "..", "../", "deep/..", "deep/../../.."])
+def test_a_result_takes_a_folder_of_its_own(out: str, tmp_path: Path, models: Path) -> None:
+    (models / "deep").mkdir(exist_ok=True)
+    with pytest.raises(UsageError, match=r"cannot be the result.*--out result"):
+        plan(quantize={"bits": 3}, out=out)
+
+
+@pytest.mark.parametrize("out", ["q", "./q", "q/", "q/."])
+def test_spellings_of_a_folder_are_one(out: str) -> None:
+    made = plan(quantize={"bits": 3}, out=out)
+    assert (made.out, made.work, made.stages[0].out) == ("q", "q.work", "q")
+
+
+def test_packages_of_an_export_are_missed_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxscript" else object())
+    with pytest.raises(DependencyError, match="onnxscript"):
+        plan(export=[{"to": "onnx"}])
+    with pytest.raises(DependencyError, match="onnxscript"):
+        plan(evaluate={**EVALUATE, "tokens_per_second": True})
+    assert plan(quantize={"bits": 3}).stages
+
+
+def test_code_of_a_model_is_trusted_everywhere_or_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def watch(folder: Path, trust_remote_code: bool = False) -> Any:
+        asked.append(trust_remote_code)
+        return open_target(folder, trust_remote_code)
+
+    monkeypatch.setattr("compress.plan.quantize.open_target", watch)
+    plan(quantize={"bits": 3}, trust_remote_code=True)
+    plan(quantize={"bits": 3})
+    assert asked == [True, False]
+
+
 @pytest.mark.parametrize(
     ("parts", "error", "message"),
     [
-        ({"quantize": {"bits": 0.5}}, UsageError, r"1\.\d+ to [34]\.\d+ bits a weight, not with 0\.5|not in 0\.5"),
-        ({"quantize": {"bits": 31}}, UsageError, r"31"),
         ({"quantize": {"bits": 3, "codec": "pyramit"}}, UsageError, r"Did you mean 'pyramid'\?"),
         ({"quantize": {"bits": 3, "codec": "pyramid:dimm=16"}}, UsageError, r"Did you mean 'dim'\?"),
         ({"distill": {**DISTILL, "losses": ["kll"]}}, UsageError, r"Did you mean 'kl'\?"),
@@ -130,11 +199,37 @@ def test_a_student_of_random_weights_is_planned_without_files() -> None:
         ({"distill": {**DISTILL, "teacher": None}}, UsageError, r"'kl' needs a teacher"),
         ({"distill": {**DISTILL, "teacher": "other"}}, ModelError, r"vocabulary"),
         ({"distill": {**DISTILL, "data": "text:nothing.txt"}}, DataError, r"nothing\.txt"),
-        ({"distill": DISTILL, "evaluate": {"data": "text:nothing.txt"}}, DataError, r"nothing\.txt"),
-        ({"quantize": {"bits": 3}, "evaluate": {"data": "python"}}, DataError, r"no known kind"),
+        ({"distill": DISTILL, "evaluate": {**EVALUATE, "data": "text:nothing.txt"}}, DataError, r"nothing\.txt"),
+        ({"quantize": {"bits": 3}, "evaluate": {**EVALUATE, "data": "python"}}, DataError, r"no known kind"),
         ({"model": "./nowhere", "quantize": {"bits": 3}}, ModelError, r"nowhere"),
         ({"model": None, "distill": {**DISTILL, "student": {"config": "no.json"}}}, ModelError, r"no\.json"),
         ({"model": None, "quantize": {"bits": 3}}, RecipeError, r"exactly one of"),
+        ({"distill": {**DISTILL, "context": 65}}, UsageError, r"'student' takes 64 tokens, and distill\.context"),
+        ({"model": "encoder", "distill": DISTILL}, ModelError, r"not a causal language model"),
+        ({"evaluate": {**EVALUATE, "reference": "./nowhere"}}, ModelError, r"nowhere"),
+        ({"evaluate": {**EVALUATE, "compare": ["teacher", "./nowhere"]}}, ModelError, r"nowhere"),
+        ({"evaluate": {**EVALUATE, "reference": "other"}}, ModelError, r"vocabulary"),
+        ({"evaluate": {**EVALUATE, "reference": "foreign"}}, ModelError, r"different tokenizers"),
+        ({"distill": {**DISTILL, "teacher": "foreign"}}, ModelError, r"different tokenizers"),
+        (
+            {
+                "model": None,
+                "distill": {**DISTILL, "student": {"config": "teacher/config.json", "tokenizer": "foreign"}},
+            },
+            ModelError,
+            r"different tokenizers",
+        ),
+        ({"evaluate": {**EVALUATE, "reference": "encoder"}}, ModelError, r"'encoder' is an encoder"),
+        ({"evaluate": {**EVALUATE, "context": 65}}, UsageError, r"evaluate\.context asks for 65.*--context 64"),
+        ({"model": "encoder", "evaluate": EVALUATE}, UsageError, r"evaluate\.reference"),
+        ({"model": "encoder", "evaluate": {**ENCODER, "samples": 1}}, UsageError, r"Remove evaluate\.samples"),
+        ({"model": "encoder", "evaluate": {**ENCODER, "tokens_per_second": True}}, UsageError, r"tokens_per_second"),
+        ({"quantize": {"bits": 3}, "device": "warp"}, UsageError, r"'warp'"),
+        ({"quantize": {"bits": 3}, "device": "cuda:99"}, UsageError, r"'cuda:99'"),
+        ({"quantize": {"bits": 3}, "out": "student"}, UsageError, r"The model 'student' and the result"),
+        ({"quantize": {"bits": 3}, "out": "text.txt"}, UsageError, r"no folder"),
+        ({"quantize": {"bits": 3}, "work": "out/work"}, UsageError, r"'out/work' and the result 'out' overlap"),
+        ({"quantize": {"bits": 3}, "work": "out"}, UsageError, r"overlap"),
     ],
 )
 def test_what_cannot_work_is_found_before_it_runs(
@@ -145,13 +240,13 @@ def test_what_cannot_work_is_found_before_it_runs(
 
 
 @pytest.mark.parametrize("name", packaged_recipes())
-def test_packaged_recipes_are_planned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packaged_recipes_are_planned_in_any_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe(name)
     if "builtin:" in recipe.model_dump_json(exclude={"distill": {"data"}, "evaluate": {"data"}}):
         try:
             builtin_names()
         except ModelError as error:
             pytest.skip(str(error))
-    monkeypatch.chdir(packaged_recipes()["demo"].parents[1])
+    monkeypatch.chdir(tmp_path)
     made = make_plan(recipe)
     assert [stage.name for stage in made.stages] == list(recipe.stages)

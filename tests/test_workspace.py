@@ -18,18 +18,20 @@ from safetensors import SafetensorError
 from compress import workspace as workspace_module
 from compress.errors import UsageError, WorkspaceError
 from compress.events import Event, Events
-from compress.workspace import (
-    Workspace,
+from compress.storage import (
     atomic_write,
     check_free,
+    discard_replaced,
     disk_errors,
     file_sha256,
     publish,
+    reserve,
     seal,
     stage_beside,
     tree_sha256,
     write_json,
 )
+from compress.workspace import Workspace
 
 ROOT = Path(workspace_module.__file__).parents[1]
 ARGUMENTS = {"model": "builtin:teacher", "quantize.bits": 3.25}
@@ -126,6 +128,15 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path) -> None:
     assert names(tmp_path) == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format_version": 1}', '{"arguments": {}}', '{"a'])
+def test_a_file_of_the_right_name_makes_no_work_folder(tmp_path: Path, content: str) -> None:
+    (tmp_path / "fingerprint.json").write_text(content)
+    (tmp_path / "prints.npy").write_text("years of work")
+    with pytest.raises(WorkspaceError, match="no work folder"), Workspace.open(tmp_path, {}, restart=True):
+        pass
+    assert names(tmp_path) == ["fingerprint.json", "prints.npy"]
+
+
 def test_damaged_manifest_is_named(tmp_path: Path) -> None:
     with Workspace.open(tmp_path / "w", {}) as work:
         work.commit("unit", [], {})
@@ -142,7 +153,8 @@ def test_damaged_manifest_is_named(tmp_path: Path) -> None:
 CHAIN = """
 import hashlib, sys
 from pathlib import Path
-from compress.workspace import Workspace, stage_beside, write_json
+from compress.storage import stage_beside, write_json
+from compress.workspace import Workspace
 folder, out = Path(sys.argv[1]), Path(sys.argv[2])
 with Workspace.open(folder, {"n": 40}) as work:
     value = b"start"
@@ -269,6 +281,33 @@ def test_publish_replaces_only_an_artifact_of_ours_and_only_when_told(tmp_path: 
     (final / "compress.json").unlink()
     with pytest.raises(UsageError, match="did not write"):
         publish(artifact(tmp_path / "staged"), final, overwrite=True)
+
+
+def test_what_a_kill_between_the_renames_and_the_removal_left_goes_away(tmp_path: Path) -> None:
+    final, left = tmp_path / "result", artifact(tmp_path / ".result.compress-old", "old")
+    discard_replaced(final)
+    assert left.exists(), "the only result there is stays"
+    publish(artifact(stage_beside(final), "new"), final)
+    assert names(tmp_path) == ["result"]
+    artifact(left, "old")
+    discard_replaced(final)
+    assert names(tmp_path) == ["result"]
+
+
+def test_a_place_is_reserved_for_one(tmp_path: Path) -> None:
+    final = tmp_path / "deep" / "result"
+    with (
+        reserve(final),
+        reserve(tmp_path / "other"),
+        pytest.raises(WorkspaceError, match=rf"Another process \(pid {os.getpid()}\) makes '{final}'"),
+        reserve(final),
+    ):
+        pass
+    assert names(final.parent) == [], "the lock is gone with its holder"
+    (final.parent / ".result.compress-lock").write_text("pid 1")
+    with reserve(final):
+        pass
+    assert names(final.parent) == [], "that of a killed process is no obstacle"
 
 
 def test_check_free_accepts_nothing_and_an_empty_folder(tmp_path: Path) -> None:

@@ -23,9 +23,11 @@ def write_text(folder: Path, words: int = 4000) -> Path:
     return path
 
 
-def write_llama(folder: Path, text: Path, hidden: int = 32, layers: int = 1, seed: int = 0) -> Path:
+def write_llama(
+    folder: Path, text: Path, hidden: int = 32, layers: int = 1, seed: int = 0, vocabulary: int = VOCABULARY
+) -> Path:
     """A random Llama of `hidden` x `layers` with a tokenizer trained on `text`, saved in bfloat16."""
-    tokenizer = train_byte_bpe(text_source(f"text:{text}"), VOCABULARY, 64)
+    tokenizer = train_byte_bpe(text_source(f"text:{text}"), vocabulary, 64)
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),

@@ -125,10 +125,6 @@ class QuantizedMatrix:
         product = integers.view(rows, groups, self.spec.dim).to(torch.float32).mul_(scales.unsqueeze(-1))
         return product.view(rows, groups * self.spec.dim)[:, : self.shape[1]].to(dtype).contiguous()
 
-    def containers(self) -> tuple[str, ...]:
-        """Stock containers that carry this matrix exactly, such as "onnx:MatMulNBits/4/16" (bits, block)."""
-        return codec_of(self.spec).containers(self.spec)
-
 
 class CodecConfig(Protocol):
     """The options of a codec: a frozen dataclass with the codec's name on the class."""
@@ -175,8 +171,4 @@ class Codec(Protocol):
 
     def integers(self, matrix: QuantizedMatrix) -> tuple[Tensor, Tensor]:
         """See `QuantizedMatrix.integers`."""
-        ...
-
-    def containers(self, spec: CodecSpec) -> tuple[str, ...]:
-        """See `QuantizedMatrix.containers`."""
         ...

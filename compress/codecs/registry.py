@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from compress.errors import UsageError
+from compress.errors import UsageError, nearest
 
 if TYPE_CHECKING:
     from compress.codecs.base import Codec, CodecSpec
@@ -37,9 +35,7 @@ def codec(name: str, **options: object) -> Codec:
     known = [field.name for field in dataclasses.fields(cls.config_type)]
     for option in options:
         if option not in known:
-            raise UsageError(
-                f"The codec '{name}' has no option '{option}'.", remedy=_nearest(option, known, "It takes")
-            )
+            raise UsageError(f"The codec '{name}' has no option '{option}'.", remedy=nearest(option, known, "It takes"))
     return cls(cls.config_type(**options))
 
 
@@ -50,12 +46,5 @@ def codec_of(spec: CodecSpec) -> Codec:
 
 def _class_of(name: str) -> type[Codec]:
     if name not in _CODECS:
-        raise UsageError(f"There is no codec '{name}'.", remedy=_nearest(name, codec_names(), "The codecs are"))
+        raise UsageError(f"There is no codec '{name}'.", remedy=nearest(name, codec_names(), "The codecs are"))
     return _CODECS[name]
-
-
-def _nearest(word: str, known: Iterable[str], lead: str) -> str:
-    known = list(known)
-    close = difflib.get_close_matches(word, known, n=1)
-    hint = f"Did you mean '{close[0]}'? " if close else ""
-    return f"{hint}{lead}: {', '.join(known) if known else 'no option'}."

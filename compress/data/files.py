@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ from compress.data.base import Document
 from compress.errors import DataError
 
 
-def _read(path: Path, spec: str) -> str:
+def _read(path: Path, spec: str, newline: str | None = None) -> str:
+    """The text of a file, without a byte order mark. `newline` is that of `open`: None makes every line end in LF."""
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8-sig", newline=newline) as stream:
+            return stream.read()
     except FileNotFoundError:
         raise DataError(f"There is no file '{path}' (from '{spec}').", remedy="Check the path.") from None
     except IsADirectoryError:
@@ -47,7 +51,8 @@ class JsonFile:
         try:
             if text.lstrip().startswith("["):
                 return json.loads(text)
-            return [json.loads(line) for line in text.splitlines() if line.strip()]
+            # not splitlines(): U+2028 and other ends of lines for Unicode may stand inside a JSON string
+            return [json.loads(line) for line in text.split("\n") if line.strip()]
         except json.JSONDecodeError as error:
             raise DataError(
                 f"'{self.path}' is neither a JSON list nor JSON lines: {error}.", remedy="Check the file."
@@ -65,22 +70,41 @@ class JsonFile:
                 yield Document(f"{self.path.name}#{number}", str(record[self.field]))
 
 
+@contextmanager
+def _fields_of(characters: int) -> Iterator[None]:
+    """Within the block the csv module reads fields of so many characters; its own limit is 128 KiB."""
+    before = csv.field_size_limit(max(characters, 1))
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
 class CsvFile:
     """Columns of a CSV file; those of a row that are asked for, joined by newlines, are a document. Columns are named
-    by the header, or, in a file without one, by their numbers from 0."""
+    by the header. Numbers that are not names there count columns from 0 in a file without a header."""
 
     def __init__(self, path: Path, fields: list[str], spec: str) -> None:
         self.path, self.fields, self.spec, self.origin = path, fields, spec, path.name
 
     def documents(self) -> Iterator[Document]:
-        rows = csv.reader(_read(self.path, self.spec).splitlines(keepends=True))
-        if all(field.isdecimal() for field in self.fields):
+        rows = self._rows()
+        header = rows[0] if rows else []
+        if all(field.isdecimal() for field in self.fields) and not set(self.fields) <= set(header):
             columns = [int(field) for field in self.fields]
         else:
-            columns = self._columns(next(rows, []))
+            columns, rows = self._columns(header), rows[1:]
         for number, row in enumerate(rows):
             if text := "\n".join(self._cell(row, column, number) for column in columns).strip():
                 yield Document(f"{self.path.name}#{number}", text)
+
+    def _rows(self) -> list[list[str]]:
+        text = _read(self.path, self.spec, newline="")  # the ends of lines inside quotes are the reader's business
+        try:
+            with _fields_of(len(text)):
+                return list(csv.reader(io.StringIO(text, newline="")))
+        except csv.Error as error:
+            raise DataError(f"'{self.path}' is not CSV: {error}.", remedy="Check the file.") from None
 
     def _columns(self, header: list[str]) -> list[int]:
         if missing := [field for field in self.fields if field not in header]:

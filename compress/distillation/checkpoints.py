@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from compress.errors import WorkspaceError
-from compress.workspace import ARTIFACT_MARK, file_sha256, seal, sync_folder, sync_tree
+from compress.storage import ARTIFACT_MARK, file_sha256, seal, sync_folder, sync_tree
 
 PREFIX = "checkpoint-"
 

@@ -26,7 +26,7 @@ def make_term(name: str, options: dict[str, object], *, has_teacher: bool) -> Te
     if not isinstance(weight, int | float) or not 0 <= weight < float("inf"):
         raise UsageError(f"The weight of the loss '{name}' is {weight}.", remedy="Give a number of at least 0.")
     rest = {key: value for key, value in options.items() if key != "weight"}
-    loss = make_loss(name, reduction="sum", **rest)
+    loss = make_loss(name, "sum", rest)
     if name in NEEDS_TEACHER and not has_teacher:
         raise UsageError(f"The loss '{name}' needs a teacher.", remedy="Name one with --teacher.")
     return Term(name, loss, float(weight))

@@ -7,33 +7,52 @@ The exception is a training that a clock ends (`max_seconds`): how far it comes 
 
 from __future__ import annotations
 
-import json
 import shutil
-import time
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
-from compress.data import SampledRows, fingerprint, text_source, tokenize
+from compress.data import SampledRows, TextSource, fingerprint, text_source, tokenize
 from compress.data.tokenizer import train_byte_bpe
+from compress.distillation.callbacks import DIVERGED, Clock, Reporter
 from compress.distillation.card import write_card
 from compress.distillation.checkpoints import last_verified
 from compress.distillation.objective import make_term
 from compress.distillation.optimizers import make_optimizer
 from compress.distillation.schedules import make_schedule
-from compress.distillation.trainer import DistillTrainer, check_vocabularies
-from compress.errors import ModelError, NumericsError, RecipeError
-from compress.events import Events, seconds_left
-from compress.modeling.loading import load_config, load_model, load_tokenizer, skeleton
+from compress.distillation.trainer import DistillTrainer
+from compress.errors import NumericsError, RecipeError
+from compress.modeling.loading import (
+    check_tokenizers,
+    check_vocabularies,
+    config_from_file,
+    load_config,
+    load_model,
+    load_tokenizer,
+    skeleton,
+)
 from compress.modeling.resolve import resolve_model
-from compress.workspace import Workspace, disk_errors, seal, stage_beside
+from compress.storage import disk_errors, seal, stage_beside
+from compress.workspace import Workspace
 
 if TYPE_CHECKING:
     from compress.recipe import DistillRecipe
+
+DAMAGED = "The checkpoint is damaged, or its training diverged; take an earlier one."
+
+
+@dataclass(frozen=True)
+class Student:
+    """The model to train, in float32; its tokenizer; and the dtype to save it in, its own."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    dtype: torch.dtype
 
 
 def distill_stage(
@@ -49,137 +68,84 @@ def distill_stage(
     """Train the student of `recipe` and publish it at `out`; returns the record of the training.
 
     `student` names the model to start from; None starts from random weights of `recipe.student.config`. Raises
-    `ModelError` for a student or teacher that is no causal language model or when their vocabularies differ,
-    `DataError` for data that does not fill a row, `NumericsError` when the loss is not finite.
+    `ModelError` for a student or teacher that is no causal language model or when their tokenizers differ, `DataError`
+    for data that does not fill a row, `NumericsError` when a weight or the loss is not finite.
     """
     done = workspace.published("distill", out)
     if done is not None:
         return done
     torch.manual_seed(seed)
-    model, tokenizer, dtype = _student(recipe, student, device, trust_remote_code)
-    teacher = None
-    if recipe.teacher is not None:
-        teacher = load_model(recipe.teacher, device=device, trust_remote_code=trust_remote_code)
-        check_vocabularies(model, teacher)
     source = text_source(recipe.data)
-    rows, _ = tokenize(source, tokenizer).rows(recipe.context)
-    clock = _Clock(workspace)
-    trainer = _trainer(recipe, model, teacher, rows, workspace, [clock], seed, device)
-    resumed = last_verified(workspace.path("training"))
+    subject = _student(recipe, student, source, device, trust_remote_code)
+    teacher = _teacher(recipe, subject, device, trust_remote_code)
+    rows, _ = tokenize(source, subject.tokenizer).rows(recipe.context)
+    clock = Clock(workspace)
+    use_cache = subject.model.config.use_cache  # the trainer switches it off
+    trainer = _trainer(recipe, subject.model, teacher, rows, workspace, clock, seed, device)
+    resumed = last_verified(trainer.folder)
     if resumed is not None:
         workspace.events.emit("note", text=f"taking up the training at {resumed.name}")
     with disk_errors(workspace.folder), workspace.events.stage("distill", recipe.steps):
         trainer.train(resume_from_checkpoint=True)
+    _check_finite(subject.model, "after the training", DIVERGED)
+    subject.model.config.use_cache = use_cache
     record = {
         "steps": trainer.state.global_step,
         "tokens": trainer.state.global_step * recipe.batch_size * recipe.gradient_accumulation * recipe.context,
-        "loss": [[e["step"], e["loss"]] for e in trainer.state.log_history if "loss" in e],
+        "loss": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
         "data": fingerprint(source).to_dict(),
-        "parameters": model.num_parameters(),
+        "parameters": subject.model.num_parameters(),
         "teacher": recipe.teacher,
         "student": student,
         "seconds": clock.seconds,
         "threads": torch.get_num_threads(),
     }
-    model.to(dtype=dtype)  # type: ignore[call-arg]
-    _publish(model, tokenizer, record, recipe, out, workspace)
+    _publish(subject, record, recipe, out, workspace)
     return record
 
 
 def _student(
-    recipe: DistillRecipe, student: str | None, device: str, trust_remote_code: bool
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, torch.dtype]:
-    """The student in float32 for training, its tokenizer, and the dtype to save it in: its own."""
+    recipe: DistillRecipe, student: str | None, source: TextSource, device: str, trust_remote_code: bool
+) -> Student:
     if recipe.student is None:
         if student is None:
             raise RecipeError("The distillation names no student.", remedy="Give --student or distill.student.config.")
         model = load_model(student, device=device, expect="causal", trust_remote_code=trust_remote_code)
+        _check_finite(model, f"of the student '{student}'", DAMAGED)
         stored = skeleton(load_config(resolve_model(student), trust_remote_code), trust_remote_code).dtype
-        return model, load_tokenizer(student), stored
+        return Student(student, model, load_tokenizer(student, trust_remote_code), stored)
     if student is not None:
         raise RecipeError(
             f"The recipe names a student to start from ('{student}') and one of random weights.",
             remedy="Remove one of model and distill.student.",
         )
-    path = Path(recipe.student.config)
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ModelError(f"The student's config '{path}' cannot be read: {error}.", remedy="Check the path.") from None
-    config = AutoConfig.for_model(values.pop("model_type"), **values)
-    tokenizer: PreTrainedTokenizerBase
-    if recipe.student.tokenizer is None:
-        tokenizer = train_byte_bpe(text_source(recipe.data), config.vocab_size, config.max_position_embeddings)
-    else:
-        tokenizer = load_tokenizer(recipe.student.tokenizer)
+    config = config_from_file(Path(recipe.student.config))
     stored = skeleton(config).dtype
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device), tokenizer, stored
+    named = recipe.student.tokenizer or recipe.teacher
+    if named is not None:
+        tokenizer = load_tokenizer(named, trust_remote_code)
+    else:
+        tokenizer = train_byte_bpe(source, config.vocab_size, config.max_position_embeddings)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(device)
+    return Student(recipe.student.config, model, tokenizer, stored)
 
 
-class _Clock(TrainerCallback):
-    """The seconds that the training took, those before the checkpoint it was taken up from included."""
-
-    UNIT = "training/clock"
-
-    def __init__(self, workspace: Workspace) -> None:
-        self.workspace = workspace
-        earlier = workspace.done(self.UNIT)
-        self.earlier: float = 0.0 if earlier is None else earlier["seconds"]
-        self.started = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        return self.earlier + time.monotonic() - self.started
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.started = time.monotonic()
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.workspace.commit(self.UNIT, [], {"step": state.global_step, "seconds": self.seconds})
+def _teacher(recipe: DistillRecipe, student: Student, device: str, trust_remote_code: bool) -> PreTrainedModel | None:
+    name = recipe.teacher
+    if name is None:
+        return None
+    model = load_model(name, device=device, expect="causal", trust_remote_code=trust_remote_code)
+    check_vocabularies(student.name, student.model, name, model)
+    check_tokenizers(student.name, student.tokenizer, name, load_tokenizer(name, trust_remote_code))
+    _check_finite(model, f"of the teacher '{name}'", DAMAGED)
+    return model
 
 
-class _Report(TrainerCallback):
-    """Passes the trainer's logs on as events, stops at the time limit, and refuses a loss that is not finite."""
-
-    def __init__(self, events: Events, total: int, max_seconds: float | None) -> None:
-        self.events, self.total, self.max_seconds = events, total, max_seconds
-        self.started = time.monotonic()
-        self.first = 0
-
-    def elapsed_part(self) -> float:
-        return 0.0 if self.max_seconds is None else (time.monotonic() - self.started) / self.max_seconds
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.started, self.first = time.monotonic(), state.global_step
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.elapsed_part() >= 1.0:
-            control.should_training_stop = True
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not logs or "loss" not in logs:
-            return
-        step = state.global_step
-        if not torch.isfinite(torch.tensor(logs["loss"])):
-            raise NumericsError(f"The loss at step {step} is {logs['loss']}.", remedy="Lower the learning rate.")
-        left = seconds_left(self.started, step - self.first, self.total - self.first)
-        if left is not None and self.max_seconds is not None:
-            left = min(left, max(0.0, self.max_seconds - (time.monotonic() - self.started)))
-        shown = {name: value for name, value in logs.items() if name.startswith("loss") or name == "learning_rate"}
-        self.events.emit(
-            "step", stage="distill", index=step, total=self.total, name="training", seconds_left=left, **shown
-        )
+def _check_finite(model: PreTrainedModel, which: str, remedy: str) -> None:
+    """Refuse NaN and infinity: what is trained on them, or against them, is lost."""
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise NumericsError(f"The weight '{name}' {which} holds NaN or infinity.", remedy=remedy)
 
 
 def _trainer(
@@ -188,19 +154,20 @@ def _trainer(
     teacher: PreTrainedModel | None,
     rows: torch.Tensor,
     workspace: Workspace,
-    callbacks: list[TrainerCallback],
+    clock: Clock,
     seed: int,
     device: str,
 ) -> DistillTrainer:
     terms = [make_term(spec.name, dict(spec.options), has_teacher=teacher is not None) for spec in recipe.losses]
-    report = _Report(workspace.events, recipe.steps, recipe.max_seconds)
+    reporter = Reporter(workspace.events, recipe.steps, recipe.max_seconds)
     optimizer = make_optimizer(recipe.optimizer, model, recipe.learning_rate, recipe.weight_decay)
-    schedule = make_schedule(optimizer, recipe.schedule, recipe.steps, recipe.warmup_steps, report.elapsed_part)
+    schedule = make_schedule(optimizer, recipe.schedule, recipe.steps, recipe.warmup_steps, reporter.elapsed_part)
     args = TrainingArguments(
         output_dir=str(workspace.path("training", "checkpoint").parent),
         max_steps=recipe.steps,
         per_device_train_batch_size=recipe.batch_size,
         gradient_accumulation_steps=recipe.gradient_accumulation,
+        max_grad_norm=recipe.max_grad_norm,
         bf16=recipe.precision == "bf16",
         use_cpu=device == "cpu",
         torch_compile=recipe.compile,
@@ -213,6 +180,7 @@ def _trainer(
         disable_tqdm=True,
         remove_unused_columns=False,
         logging_nan_inf_filter=False,
+        dataloader_pin_memory=device != "cpu",
     )
     count = recipe.steps * recipe.batch_size * recipe.gradient_accumulation
     trainer = DistillTrainer(
@@ -222,27 +190,21 @@ def _trainer(
         teacher=teacher,
         train_dataset=SampledRows(rows, count, seed),
         optimizers=(optimizer, schedule),
-        callbacks=[report, *callbacks],
+        callbacks=[reporter, clock],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _publish(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    record: dict[str, Any],
-    recipe: DistillRecipe,
-    out: Path,
-    workspace: Workspace,
-) -> None:
-    """Write the student as a model folder and let it appear at `out`."""
+def _publish(student: Student, record: dict[str, Any], recipe: DistillRecipe, out: Path, workspace: Workspace) -> None:
+    """Write the student as a model folder, in its own dtype, and let it appear at `out`."""
+    student.model.to(dtype=student.dtype)  # type: ignore[call-arg]
     staged = stage_beside(out)
     with disk_errors(out):
         try:
-            model.save_pretrained(staged)
-            tokenizer.save_pretrained(staged)
-            write_card(staged / "README.md", model, recipe, record)
+            student.model.save_pretrained(staged)
+            student.tokenizer.save_pretrained(staged)
+            write_card(staged / "README.md", student.model, recipe, record)
             seal(staged)
             workspace.publish("distill", staged, out, record)
         except BaseException:

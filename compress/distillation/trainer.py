@@ -8,8 +8,10 @@ one by one.
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,41 @@ from compress.data import SampledRows
 from compress.distillation.checkpoints import keep_newest, last_verified, put_in_place, require_verified
 from compress.distillation.objective import Objective, Term
 from compress.distillation.teacher import OnlineTeacher, TeacherSignal
-from compress.errors import ModelError
 from compress.losses import IGNORED
+from compress.modeling.loading import check_vocabularies
+from compress.storage import write_json
 
 STAGING = "staging"
+
+
+class LossWindow:
+    """The terms of the loss, summed in float64 over the steps since the last log."""
+
+    FILE = "loss_window.json"
+
+    def __init__(self, start: int = 0, sums: Mapping[str, float] | None = None) -> None:
+        self.start = start
+        self.sums = {name: torch.tensor(value, dtype=torch.float64) for name, value in (sums or {}).items()}
+
+    def add(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().double()
+
+    def close(self, step: int, reduce: Callable[..., Any]) -> dict[str, float]:
+        """The means over the steps up to `step`, summed over processes by `reduce`; the next window begins."""
+        means = {name: float(reduce(total, "sum")) / max(1, step - self.start) for name, total in self.sums.items()}
+        self.start, self.sums = step, {}
+        terms = {f"loss_{name}": mean for name, mean in means.items()} if len(means) > 1 else {}
+        return {"loss": math.fsum(means.values()), **terms}
+
+    def save(self, folder: Path) -> None:
+        sums = {name: float(total) for name, total in self.sums.items()}
+        write_json(folder / self.FILE, {"start": self.start, "sums": sums})
+
+    @classmethod
+    def load(cls, folder: Path) -> LossWindow:
+        stored = json.loads((folder / cls.FILE).read_text(encoding="utf-8"))
+        return cls(stored["start"], stored["sums"])
 
 
 class DistillTrainer(Trainer):
@@ -51,11 +84,11 @@ class DistillTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the loss below is divided by the step's token count
         self.objective: Objective = Objective(terms)
         if isinstance(teacher, PreTrainedModel):
-            check_vocabularies(model, teacher)
+            check_vocabularies("student", model, "teacher", teacher)
         signal = OnlineTeacher(teacher).to(args.device) if isinstance(teacher, nn.Module) else teacher
         self.teacher: TeacherSignal | None = signal
         self.folder = Path(str(args.output_dir))
-        self._sums: dict[str, Tensor] = {}
+        self._window = LossWindow()
         self._saving = False
 
     def compute_loss(
@@ -73,8 +106,7 @@ class DistillTrainer(Trainer):
         values = self.objective(outputs.logits[..., :-1, :], teacher, labels, denominator)
         loss = torch.stack(list(values.values())).sum()
         if model.training:
-            for name, value in values.items():
-                self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value.detach()
+            self._window.add(values)
             if num_items_in_batch is not None:
                 loss = loss * self.args.world_size  # gradients are averaged over processes
         return (loss, outputs) if return_outputs else loss
@@ -89,16 +121,13 @@ class DistillTrainer(Trainer):
         return count.clamp(min=1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the mean of each term since the last log when there are several."""
-        if "loss" in logs:
-            steps = max(1, self.state.global_step - self._last_logged_step())
-            if len(self._sums) > 1:
-                logs.update({f"loss_{name}": float(total) / steps for name, total in self._sums.items()})
-            self._sums.clear()
-        super().log(logs, start_time)
+        """Log the mean loss of the steps since the last log, and that of each term when there are several.
 
-    def _last_logged_step(self) -> int:
-        return max((int(entry["step"]) for entry in self.state.log_history if "loss" in entry), default=0)
+        The parent's mean forgets the steps before a checkpoint; this one is part of the checkpoint.
+        """
+        if "loss" in logs:
+            logs |= self._window.close(self.state.global_step, self.accelerator.reduce)
+        super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As the parent's; `True` resumes from the newest checkpoint that verifies (or starts when there is none), a
@@ -108,6 +137,8 @@ class DistillTrainer(Trainer):
             resume_from_checkpoint = None if found is None else str(found)
         elif isinstance(resume_from_checkpoint, str):
             require_verified(Path(resume_from_checkpoint))
+        if isinstance(resume_from_checkpoint, str):
+            self._window = LossWindow.load(Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -128,17 +159,8 @@ class DistillTrainer(Trainer):
         finally:
             self._saving = False
         if self.args.should_save:
+            self._window.save(self.folder / STAGING / name)
             put_in_place(self.folder / STAGING / name, self.folder / name)
             shutil.rmtree(self.folder / STAGING)
             if self.args.save_total_limit is not None:
                 keep_newest(self.folder, self.args.save_total_limit)
-
-
-def check_vocabularies(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Refuse two models whose logits have different widths."""
-    widths = [model.config.get_text_config().vocab_size for model in (student, teacher)]
-    if widths[0] != widths[1]:
-        raise ModelError(
-            f"The student's vocabulary has {widths[0]} tokens, the teacher's {widths[1]}.",
-            remedy="Distil between models that share a tokenizer.",
-        )

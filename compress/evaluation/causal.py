@@ -22,10 +22,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from compress.errors import NumericsError
 from compress.losses import kl_terms
 
 POSITIONS = 2048
 """Positions whose logits are compared at once: bounds the memory of the comparison, whatever the vocabulary."""
+
+MAX_NLL = 700.0
+"""Nats per token whose perplexity a float64 still holds; no model that works comes near."""
 
 
 @dataclass
@@ -81,23 +85,32 @@ def evaluate_causal(
     reference: nn.Module | None = None,
     *,
     batch_tokens: int = 2048,
-) -> dict[str, float | int]:
-    """The figures above for `model` on windows `ids` [N, context] whose tokens add `sizes` [N, context] bytes."""
+) -> dict[str, float | int | None]:
+    """The figures above for `model` on windows `ids` [N, context] whose tokens add `sizes` [N, context] bytes; None for
+    one that is not defined (the standard error of a single window).
+
+    Raises `NumericsError` when the model's loss is NaN or beyond any perplexity.
+    """
     sums = _accumulate(model, reference, ids, batch_tokens)
     windows, scored = len(ids), ids.shape[1] - 1
     tokens = windows * scored
     nll = math.fsum(sums.nll) / tokens
+    if not nll < MAX_NLL:
+        raise NumericsError(
+            f"The model's loss on this text is {nll:g} nats per token.",
+            remedy="Its weights are damaged or its training diverged; take an earlier checkpoint.",
+        )
     text_bytes = int(sizes[:, 1:].sum())
-    result: dict[str, float | int] = {
+    result: dict[str, float | int | None] = {
         "perplexity": math.exp(nll),
         "nll": nll,
-        "bits_per_byte": nll * tokens / (text_bytes * math.log(2)) if text_bytes else math.nan,
+        "bits_per_byte": nll * tokens / (text_bytes * math.log(2)) if text_bytes else None,
         "tokens": tokens,
     }
     if reference is not None:
         means = torch.tensor(sums.kl, dtype=torch.float64) / scored
         result["kl_divergence"] = float(means.mean())
-        result["kl_stderr"] = float(means.std() / math.sqrt(windows)) if windows > 1 else math.nan
+        result["kl_stderr"] = float(means.std() / math.sqrt(windows)) if windows > 1 else None
         result["top1_agreement"] = sums.agreement / tokens
         result["reference_perplexity"] = math.exp(math.fsum(sums.reference_nll) / tokens)
     return result

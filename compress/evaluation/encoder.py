@@ -10,26 +10,28 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from compress.data import TextSource
 from compress.errors import DataError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def embed(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Mean-pooled embeddings [B, hidden] in float32."""
-    hidden = model(**inputs).last_hidden_state.float()
+def embed(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    """Mean-pooled embeddings [B, hidden] in float32, of the body of a model with a head."""
+    body = model.base_model
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    hidden = body(**inputs).last_hidden_state.float()
     mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
     return (hidden * mask).sum(1) / mask.sum(1)
 
 
 @torch.inference_mode()
 def evaluate_encoder(
-    model: nn.Module,
-    reference: nn.Module,
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     source: TextSource,
     *,
@@ -37,16 +39,20 @@ def evaluate_encoder(
     limit: int | None = None,
     batch: int = 32,
 ) -> dict[str, float | int]:
-    """`cosine` over the documents of `source` (cut to `context` tokens, at most `limit` tokens in all)."""
+    """`cosine` over the documents of `source`, each cut to `context` tokens: the first that have at most `limit` tokens
+    in all."""
     texts: list[str] = []
     tokens = 0
     for document in source.documents():
-        if limit is not None and tokens >= limit:
+        length = len(tokenizer(document.text, truncation=True, max_length=context)["input_ids"])
+        if limit is not None and tokens + length > limit:
             break
         texts.append(document.text)
-        tokens += min(context, len(tokenizer(document.text, truncation=True, max_length=context)["input_ids"]))
+        tokens += length
     if not texts:
-        raise DataError(f"The data '{source.spec}' holds no text.", remedy="Name a source with text.")
+        raise DataError(
+            f"No document of '{source.spec}' fits into the limit.", remedy="Name a source with text, or a larger limit."
+        )
     cosines: list[float] = []
     for start in range(0, len(texts), batch):
         inputs = tokenizer(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from compress.data import fingerprint, text_source, tokenize
-from compress.errors import ModelError, UsageError
+from compress.errors import UsageError
 from compress.evaluation.causal import evaluate_causal
 from compress.evaluation.encoder import evaluate_encoder
-from compress.modeling.loading import load_model, load_tokenizer
+from compress.hardware import require_device
+from compress.modeling.loading import check_tokenizers, check_vocabularies, load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,26 +32,29 @@ def evaluate(
     runs as it is. The tokenizer is that of the model, or of the reference when the model is an object. `limit` is in
     tokens.
 
-    Raises `UsageError` when an encoder comes without a reference, `ModelError` when two vocabularies differ,
-    `DataError` for data that does not fill one window.
+    Raises `UsageError` for a device that is not there and when an encoder comes without a reference, `ModelError` when
+    two vocabularies differ, `DataError` for data that does not fill one window, `NumericsError` for a loss of NaN.
     """
     if context < 2:
         raise UsageError(f"A context of {context} tokens scores none.", remedy="Give --context of at least 2.")
+    require_device(device)
     if tokenizer is None:
         named = model if isinstance(model, str) else reference
         if not isinstance(named, str):
             raise UsageError("A model given as an object needs its tokenizer.", remedy="Pass tokenizer=...")
-        tokenizer = load_tokenizer(named)
+        tokenizer = load_tokenizer(named, trust_remote_code)
     source = text_source(data)
     subject = _model(model, device, trust_remote_code)
     other = None if reference is None else _model(reference, device, trust_remote_code)
+    longest = subject.config.get_text_config().max_position_embeddings
+    if context > longest:
+        raise UsageError(f"The model takes {longest} tokens, not {context}.", remedy=f"Use --context {longest}.")
+    if isinstance(reference, str):
+        check_tokenizers("model", tokenizer, reference, load_tokenizer(reference, trust_remote_code))
     figures: dict[str, Any]
-    if _is_causal(subject):
+    if subject.can_generate():
         if other is not None:
-            _check_pair(subject, other)
-        longest = subject.config.get_text_config().max_position_embeddings
-        if context > longest:
-            raise UsageError(f"The model takes {longest} tokens, not {context}.", remedy=f"Use --context {longest}.")
+            check_vocabularies("model", subject, "reference", other)
         ids, sizes = tokenize(source, tokenizer, limit).rows(context, limit)
         figures = evaluate_causal(subject, ids, sizes, other)
     else:
@@ -64,16 +68,3 @@ def _model(model: str | PreTrainedModel, device: str, trust_remote_code: bool) -
     if isinstance(model, str):
         return load_model(model, device=device, trust_remote_code=trust_remote_code)
     return model.eval()
-
-
-def _is_causal(model: PreTrainedModel) -> bool:
-    return model.can_generate()
-
-
-def _check_pair(model: PreTrainedModel, reference: PreTrainedModel) -> None:
-    widths = [one.config.get_text_config().vocab_size for one in (model, reference)]
-    if widths[0] != widths[1]:
-        raise ModelError(
-            f"The model's vocabulary has {widths[0]} tokens, the reference's {widths[1]}.",
-            remedy="Compare models that share a tokenizer.",
-        )

@@ -157,6 +157,7 @@ class TorchDecoder:
 
     @torch.no_grad()
     def step(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        ids, mask, positions = (tensor.to(self._model.device) for tensor in (ids, mask, positions))
         output = self._model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         )

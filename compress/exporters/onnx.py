@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import shutil
 from collections import Counter
 from copy import deepcopy
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from compress.exporters.interface import DecoderInterface, EncoderInterface, int
 from compress.exporters.onnx_modules import PackedProduct, ready_to_trace
 from compress.exporters.quiet import quiet
 from compress.exporters.verification import verify_decoder, verify_encoder
-from compress.formats.native import companions
+from compress.formats.companions import copy_companions
 from compress.modeling.loading import CONFIG, parameter_count
 from compress.modeling.structure import MatrixView, matrices
 from compress.quantization.modules import packed_modules
@@ -111,7 +110,7 @@ def build_onnx(
             _save(program, staged, options or OnnxOptions())
             opset, ir_version = program.model.opset_imports[""], program.model.ir_version
             del program
-            _copy_companions(model, staged, tokenizer_from)
+            _copy_files(model, staged, tokenizer_from)
         _step(events, 2, "written")
         if isinstance(interface, DecoderInterface):
             errors = verify_decoder(model, staged)
@@ -198,11 +197,9 @@ def _save(program: ONNXProgram, staged: Path, options: OnnxOptions) -> None:
     program.save(staged / MODEL_FILE, external_data=nbytes > options.external_data_bytes)
 
 
-def _copy_companions(model: PreTrainedModel, staged: Path, tokenizer_from: Path | None) -> None:
-    for path in companions(tokenizer_from) if tokenizer_from is not None else ():
-        target = staged / path.relative_to(tokenizer_from or path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+def _copy_files(model: PreTrainedModel, staged: Path, tokenizer_from: Path | None) -> None:
+    if tokenizer_from is not None:
+        copy_companions(tokenizer_from, staged)
     config = json.loads(model.config.to_json_string())
     config.pop("quantization_config", None)  # the file holds the containers' own form, which needs no plugin
     write_json(staged / CONFIG, {**config, "architectures": [type(model).__name__]})

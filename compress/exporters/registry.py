@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.errors import UsageError
+from compress.errors import UsageError, nearest
 from compress.events import Events
 from compress.exporters.base import ExportReport
 from compress.exporters.onnx import export_onnx
@@ -34,9 +33,7 @@ def export(
     """Write `model` to the folder `out` in the format `to`. Raises `UsageError` that names the nearest known format,
     and what the exporter raises."""
     if to not in EXPORTERS:
-        close = difflib.get_close_matches(to, export_names(), n=1)
-        hint = f"Did you mean '{close[0]}'? " if close else ""
-        raise UsageError(f"There is no export format '{to}'.", remedy=f"{hint}There are: {', '.join(export_names())}.")
+        raise UsageError(f"There is no export format '{to}'.", remedy=nearest(to, EXPORTERS, "There are"))
     return EXPORTERS[to](
         model, Path(out), tokenizer_from=tokenizer_from, overwrite=overwrite, events=events or Events()
     )

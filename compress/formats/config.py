@@ -14,13 +14,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 import compress
 from compress.codecs.base import CodecSpec
 from compress.errors import ArtifactError
+from compress.modeling.names import align_name
 
 QUANT_METHOD = "compress"
 FORMAT_VERSION = 1
@@ -43,8 +44,21 @@ class QuantizationConfig:
         differing = {name: spec for name, spec in specs.items() if spec != common}
         return cls(common, differing, tuple(sorted(ignore)), bits_per_weight)
 
-    def spec(self, module: str) -> CodecSpec:
-        return self.specs.get(module, self.default)
+    def by_module(self, modules: Collection[str], prefix: str) -> dict[str, CodecSpec]:
+        """The spec of each of `modules`, the linear maps of a model's blocks, that is quantized, in their order.
+
+        The names here are those of the model that was quantized; one that is loaded as a bare backbone, or was saved
+        as such, lacks the `prefix` (see `align_name`). Raises `ArtifactError` for a name that the model does not have.
+        """
+        own = {name: align_name(name, modules, prefix) for name in (*self.specs, *self.ignore)}
+        for name in self.specs:
+            if own[name] is None:
+                raise ArtifactError(
+                    f"quantization_config names '{name}', which the model does not have.",
+                    remedy="Load the artifact with the class that config.json names in 'architectures'.",
+                )
+        ignored, specs = {own[name] for name in self.ignore}, {own[name]: spec for name, spec in self.specs.items()}
+        return {name: specs.get(name, self.default) for name in modules if name not in ignored}
 
     def to_dict(self) -> dict[str, Any]:
         """As in the module's docstring: plain data."""
@@ -65,7 +79,7 @@ class QuantizationConfig:
         """The inverse of `to_dict`. Raises `ArtifactError` for another method, version, or shape of the table."""
         if data.get("quant_method") != QUANT_METHOD:
             raise ArtifactError(
-                f"The model has quant_method {data.get('quant_method')!r}, not {QUANT_METHOD!r}.",
+                f"This model was not quantized by compress (its quant_method is {data.get('quant_method')!r}).",
                 remedy="Name an artifact of `compress quantize`.",
             )
         if data.get("format_version") != FORMAT_VERSION:

@@ -6,7 +6,7 @@
 | `config.json` | the original's, with `quantization_config` (see `config`) |
 | `report.json`, `README.md` | figures by matrix; the model card |
 | `compress.json` | size and sha256 of every other file |
-| the rest | tokenizer, generation config and whatever else lay beside the weights, copied |
+| the rest | tokenizer, generation config and what else of a model lay beside the weights (`companions`), copied |
 
 A reader that does not know the method finds an int8 vector where it wants a matrix, and refuses; were the payload
 under another name, it would warn and go on with random weights.
@@ -15,9 +15,7 @@ under another name, it would warn and go on with random weights.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +24,12 @@ from torch import Tensor
 from compress.codecs.base import QuantizedMatrix
 from compress.errors import ArtifactError
 from compress.formats.card import model_card
+from compress.formats.companions import copy_companions
 from compress.formats.config import QuantizationConfig
 from compress.modeling.io import Checkpoint
 from compress.modeling.layout import Entry
 from compress.modeling.loading import CONFIG, load_config, read_config, skeleton
-from compress.modeling.names import align_names
+from compress.modeling.names import stored_names
 from compress.modeling.resolve import model_name
 from compress.modeling.structure import MatrixView, matrices
 from compress.modeling.writer import ShardWriter
@@ -38,11 +37,6 @@ from compress.storage import ARTIFACT_MARK, file_sha256, seal, write_json
 
 REPORT = "report.json"
 CARD = "README.md"
-WRITTEN_HERE = {CONFIG, ARTIFACT_MARK, REPORT, CARD}
-# weights in any container: never copied beside the quantized ones
-WEIGHT_SUFFIXES = {
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".tflite", ".npz",
-}  # fmt: skip
 
 
 def write_weights(
@@ -58,26 +52,11 @@ def write_weights(
 def write_artifact(folder: Path, source: Path, config: QuantizationConfig, report: dict[str, Any]) -> None:
     """Make a whole artifact of `folder`, which holds the weights already: configuration, what lay beside the weights
     in `source`, report, card, and last the checksums. The caller staged the folder and publishes it afterwards."""
-    for path in companions(source):
-        target = folder / path.relative_to(source)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
+    copy_companions(source, folder)
     write_json(folder / CONFIG, {**read_config(source), "quantization_config": config.to_dict()})
     write_json(folder / REPORT, report)
     (folder / CARD).write_text(model_card(model_name(source), report), encoding="utf-8")
     seal(folder)
-
-
-def companions(source: Path) -> Iterator[Path]:
-    """The files of a model folder that belong to it and are neither weights nor written anew, sorted."""
-    for root, folders, names in os.walk(source):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            path = Path(root, name)
-            weights = path.suffix in WEIGHT_SUFFIXES or name.endswith((".safetensors.index.json", ".bin.index.json"))
-            written = root == str(source) and name in WRITTEN_HERE
-            if not (weights or written or name.startswith(".")):
-                yield path
 
 
 class Artifact:
@@ -86,18 +65,17 @@ class Artifact:
     Raises `ArtifactError` for a folder that is damaged or no artifact of this package.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
         self.folder = folder
         if not folder.is_dir():
             raise ArtifactError(f"There is no folder '{folder}'.", remedy="Name an artifact of `compress quantize`.")
         self.config = QuantizationConfig.from_dict(read_config(folder).get("quantization_config") or {})
         self.checkpoint = Checkpoint(folder, ArtifactError)
-        self.model = skeleton(load_config(folder))
-        ignored = set(self.config.ignore)
-        self._views = {view.name: view for view in matrices(self.model) if view.name not in ignored}
-        parameters = {name for name, _ in self.model.named_parameters()}
-        aligned = align_names(self.checkpoint.names(), parameters, self.model.base_model_prefix)
-        self._stored = {parameter: name for name, parameter in aligned.items()}
+        self.model = skeleton(load_config(folder, trust_remote_code), trust_remote_code)
+        views = {view.module: view for view in matrices(self.model)}
+        self._specs = self.config.by_module(views, self.model.base_model_prefix)
+        self._views = {name: views[name] for name in self._specs}
+        self._stored = stored_names(self.checkpoint.names(), self.model)
 
     @property
     def modules(self) -> Mapping[str, MatrixView]:
@@ -108,7 +86,7 @@ class Artifact:
         """The quantized matrix of module `name`, read now."""
         view = self._views[name]
         payload = self.checkpoint.read(self._stored.get(view.parameter, view.parameter))
-        return QuantizedMatrix.from_payload(self.config.spec(name), view.shape, payload)
+        return QuantizedMatrix.from_payload(self._specs[name], view.shape, payload)
 
     def report(self) -> dict[str, Any] | None:
         """`report.json`, or None for an artifact that `save_pretrained` wrote."""
@@ -138,8 +116,3 @@ class Artifact:
             )
         if path.stat().st_size != size or file_sha256(path) != digest:
             raise ArtifactError(f"'{path}' is not what was written: its sha256 differs.", remedy="Copy it again.")
-
-
-def read_artifact(folder: Path) -> Artifact:
-    """Open the artifact in `folder`. Raises `ArtifactError`."""
-    return Artifact(folder)

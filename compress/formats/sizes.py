@@ -11,7 +11,7 @@ from pathlib import Path
 
 from compress.modeling.io import Checkpoint
 from compress.modeling.loading import load_config, parameter_count, skeleton
-from compress.modeling.names import align_name
+from compress.modeling.names import stored_names
 from compress.modeling.structure import matrices
 
 
@@ -25,14 +25,13 @@ class ModelSize:
     model_bits_per_weight: float
 
 
-def model_size(folder: Path) -> ModelSize:
+def model_size(folder: Path, trust_remote_code: bool = False) -> ModelSize:
     """Sizes of the model in `folder`, quantized by us or not. Raises `ModelError` for a folder that cannot be read."""
     checkpoint = Checkpoint(folder)
-    model = skeleton(load_config(folder))
-    known = {name for name, _ in model.named_parameters()}
-    stored = {align_name(name, known, model.base_model_prefix) or name: name for name in checkpoint.names()}
+    model = skeleton(load_config(folder, trust_remote_code), trust_remote_code)
+    stored = stored_names(checkpoint.names(), model)
     views = matrices(model)
-    bits = sum(8 * checkpoint.info(stored[name]).nbytes for name in {view.parameter for view in views})
+    bits = sum(8 * checkpoint.info(stored.get(name, name)).nbytes for name in {view.parameter for view in views})
     parameters = parameter_count(model)
     return ModelSize(
         parameters=parameters,

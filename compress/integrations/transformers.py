@@ -14,9 +14,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from compress.errors import ArtifactError
 from compress.formats.config import QUANT_METHOD, QuantizationConfig
-from compress.modeling.names import align_name
 from compress.modeling.structure import matrices
 from compress.quantization.modules import prepare_packed, unpack
 
@@ -44,18 +42,8 @@ class CompressHfQuantizer(HfQuantizer):
     quantization_config: CompressConfig
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        config = self.quantization_config.parsed()
-        views = {view.module: view for view in matrices(model)}
-        prefix = model.base_model_prefix
-        specs = {aligned: spec for name, spec in config.specs.items() if (aligned := align_name(name, views, prefix))}
-        ignore = {align_name(name, views, prefix) for name in config.ignore}
-        if len(specs) != len(config.specs):
-            unknown = next(name for name in config.specs if align_name(name, views, prefix) is None)
-            raise ArtifactError(
-                f"quantization_config names '{unknown}', which {type(model).__name__} does not have.",
-                remedy="Load the artifact with the class that config.json names in 'architectures'.",
-            )
-        prepare_packed(model, {name: specs.get(name, config.default) for name in views if name not in ignore})
+        modules = [view.module for view in matrices(model)]
+        prepare_packed(model, self.quantization_config.parsed().by_module(modules, model.base_model_prefix))
 
     def _dequantize(self, model: torch.nn.Module, dtype: torch.dtype | str | None = None) -> torch.nn.Module:
         return unpack(model, _as_dtype(dtype))

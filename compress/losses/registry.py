@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from typing import Any, get_type_hints
 
-from compress.errors import UsageError
+from compress.errors import UsageError, nearest
 from compress.losses.base import TokenLoss
 from compress.losses.divergences import KL
 from compress.losses.labels import CrossEntropy
 
-LOSSES: Mapping[str, Callable[..., TokenLoss]] = {"kl": KL, "cross_entropy": CrossEntropy}
+LOSSES: Mapping[str, type[TokenLoss]] = {"kl": KL, "cross_entropy": CrossEntropy}
 NEEDS_TEACHER = frozenset({"kl"})
 
 
@@ -24,22 +24,26 @@ def loss_options(name: str) -> list[str]:
     return [option for option in inspect.signature(_class_of(name)).parameters if option != "reduction"]
 
 
-def make_loss(name: str, *, reduction: str = "mean", **options: object) -> TokenLoss:
-    """The loss `name` with its options. Raises `UsageError` that names the nearest known name or option."""
-    known = loss_options(name)
-    for option in options:
+def make_loss(name: str, reduction: str = "mean", options: Mapping[str, object] | None = None) -> TokenLoss:
+    """The loss `name` with its options.
+
+    Raises `UsageError` for an unknown name or option, with the nearest known one, and for a value of the wrong type.
+    """
+    given: dict[str, Any] = dict(options or {})
+    known, types = loss_options(name), get_type_hints(_class_of(name).__init__)
+    for option, value in given.items():
         if option not in known:
-            raise UsageError(f"The loss '{name}' has no option '{option}'.", remedy=_nearest(option, known, "It takes"))
-    return _class_of(name)(reduction=reduction, **options)
+            raise UsageError(f"The loss '{name}' has no option '{option}'.", remedy=nearest(option, known, "It takes"))
+        expected = types[option]
+        fits = type(value) in (int, float) if expected is float else type(value) is expected
+        if not fits:
+            raise UsageError(
+                f"The option '{option}' of the loss '{name}' is {value!r}.", remedy=f"Give a {expected.__name__}."
+            )
+    return _class_of(name)(reduction=reduction, **given)
 
 
-def _class_of(name: str) -> Callable[..., TokenLoss]:
+def _class_of(name: str) -> type[Any]:
     if name not in LOSSES:
-        raise UsageError(f"There is no loss '{name}'.", remedy=_nearest(name, loss_names(), "The losses are"))
+        raise UsageError(f"There is no loss '{name}'.", remedy=nearest(name, LOSSES, "The losses are"))
     return LOSSES[name]
-
-
-def _nearest(word: str, known: list[str], lead: str) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    hint = f"Did you mean '{close[0]}'? " if close else ""
-    return f"{hint}{lead}: {', '.join(known) if known else 'no option'}."

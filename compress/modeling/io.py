@@ -9,13 +9,14 @@ is mapped kills the process instead of raising an error. Writing is in `writer`.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from compress.errors import CompressError, ModelError
 from compress.modeling.headers import TensorInfo, read_header
-from compress.modeling.layout import DTYPES, count
+from compress.modeling.layout import DTYPES
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -57,31 +58,12 @@ class Checkpoint:
 
     def read(self, name: str) -> torch.Tensor:
         """Tensor `name`, with its stored dtype, in memory of its own."""
-        info = self.info(name)
-        if info.nbytes == 0:
-            return torch.empty(info.shape, dtype=DTYPES[info.dtype])
-        buffer = bytearray(info.nbytes)
-        with (self.folder / info.shard).open("rb") as file:
-            file.seek(info.offset)
-            if file.readinto(buffer) != info.nbytes:
-                raise self._error(
-                    f"'{self.folder / info.shard}' ended inside tensor '{name}'.", remedy="Copy it again."
-                )
-        return torch.frombuffer(buffer, dtype=DTYPES[info.dtype]).reshape(info.shape)
-
-    def verify(self) -> None:
-        """Check headers, sizes and index again, as they are on disk now. Raises like the constructor."""
-        Checkpoint(self.folder, self._error)
+        return _read_tensor(self.folder / self.info(name).shard, name, self.info(name), self._error)
 
     @property
     def total_bytes(self) -> int:
         """Bytes of the weight files on disk, headers included."""
         return sum((self.folder / shard).stat().st_size for shard in self.shards())
-
-    @property
-    def parameters(self) -> int:
-        """Stored elements. Tied tensors that are stored twice count twice; `loading.parameter_count` knows better."""
-        return sum(count(info.shape) for info in self._infos.values())
 
     def _shards(self) -> list[str]:
         if (self.folder / WEIGHTS).is_file():
@@ -123,12 +105,23 @@ class Checkpoint:
                 )
 
 
+def stream_tensors(path: Path, error: type[CompressError] = ModelError) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of one safetensors file with their names, one in memory at a time, after the checks of `headers`."""
+    for name, info in read_header(path, error).items():
+        yield name, _read_tensor(path, name, info, error)
+
+
 def read_tensors(path: Path, error: type[CompressError] = ModelError) -> dict[str, torch.Tensor]:
     """All tensors of one safetensors file, after the checks of `headers`."""
-    data = path.read_bytes()
-    tensors = {}
-    for name, info in read_header(path, error).items():
-        piece = bytearray(data[info.offset : info.offset + info.nbytes])
-        empty = torch.empty(info.shape, dtype=DTYPES[info.dtype])
-        tensors[name] = torch.frombuffer(piece, dtype=empty.dtype).reshape(info.shape) if piece else empty
-    return tensors
+    return dict(stream_tensors(path, error))
+
+
+def _read_tensor(path: Path, name: str, info: TensorInfo, error: type[CompressError]) -> torch.Tensor:
+    if info.nbytes == 0:
+        return torch.empty(info.shape, dtype=DTYPES[info.dtype])
+    buffer = bytearray(info.nbytes)
+    with path.open("rb") as file:
+        file.seek(info.offset)
+        if file.readinto(buffer) != info.nbytes:
+            raise error(f"'{path}' ended inside tensor '{name}'.", remedy="Copy it again.")
+    return torch.frombuffer(buffer, dtype=DTYPES[info.dtype]).reshape(info.shape)

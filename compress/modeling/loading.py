@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -22,6 +24,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    PreTrainedTokenizerFast,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -32,7 +35,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging
 
-from compress.errors import ModelError
+from compress.errors import ModelError, nearest
 from compress.modeling.io import Checkpoint
 from compress.modeling.resolve import resolve_model
 
@@ -40,6 +43,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 CONFIG = "config.json"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+ONE_TOKENIZER = "Only models that share a tokenizer can be compared or distilled."
 HEADS = (
     (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
     (AutoModelForMaskedLM, MODEL_FOR_MASKED_LM_MAPPING_NAMES),
@@ -54,12 +59,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise ModelError(f"'{folder}' has no {CONFIG}.", remedy="Name the folder of a transformers model.")
+    return _json_object(path, remedy="Copy the file again.")
+
+
+def _json_object(path: Path, remedy: str) -> dict[str, Any]:
     try:
         data = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ModelError(f"'{path}' is not JSON: {error}.", remedy="Copy the file again.") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"'{path}' is not JSON: {error}.", remedy=remedy) from error
     if not isinstance(data, dict):
-        raise ModelError(f"'{path}' is not a JSON object.", remedy="Copy the file again.")
+        raise ModelError(f"'{path}' is not a JSON object.", remedy=remedy)
     return data
 
 
@@ -68,7 +77,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
     model_type = read_config(folder).get("model_type")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise ModelError(
             f"transformers cannot read '{folder / CONFIG}' (model_type {model_type!r}): {_first_line(error)}",
             remedy="Supported are models that this version of transformers knows; a newer one may know it.",
@@ -76,13 +85,52 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
     return config
 
 
-def require_unquantized(config: PreTrainedConfig, where: str) -> None:
+def config_from_file(path: Path) -> PreTrainedConfig:
+    """The config of a model that is yet to be made: the JSON file `path` names its `model_type` and its sizes.
+
+    Raises `ModelError` for a file that is missing or no JSON object, a `model_type` that it does not name or that
+    transformers does not know, and sizes that cannot be.
+    """
+    if not path.is_file():
+        raise ModelError(f"There is no config '{path}'.", remedy="Check the path.")
+    fields = _json_object(path, remedy="Correct the file.")
+    model_type = fields.pop("model_type", None)
+    if not isinstance(model_type, str):
+        raise ModelError(f"The config '{path}' names no model_type.", remedy='Add one, such as "model_type": "llama".')
+    if model_type not in CONFIG_MAPPING:
+        raise ModelError(
+            f"The config '{path}' has model_type '{model_type}', which transformers does not know.",
+            remedy=nearest(model_type, ("llama", "mistral", "qwen2", "qwen3", "bert"), "Known are, among others"),
+        )
+    try:
+        config: PreTrainedConfig = AutoConfig.for_model(model_type, **fields)
+    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+        reason = str(error).strip().splitlines()
+        raise ModelError(
+            f"transformers refuses the config '{path}': {' '.join(line.strip() for line in reason)}",
+            remedy="Correct the file.",
+        ) from error
+    return config
+
+
+def require_unquantized(
+    config: PreTrainedConfig, where: str, remedy: str = "Quantize the original model instead."
+) -> None:
     """Raise `ModelError`, naming the method, when the model is quantized already."""
     found = config.to_dict().get("quantization_config")
     if found:
         raise ModelError(
             f"The model '{where}' is already quantized (quant_method {found.get('quant_method')!r}).",
-            remedy="Quantize the original model instead.",
+            remedy=remedy,
+        )
+
+
+def require_causal(config: PreTrainedConfig, where: str) -> None:
+    """Raise `ModelError`, naming the architecture, when the model does not predict the next token."""
+    if _auto_class(config) is not AutoModelForCausalLM:
+        raise ModelError(
+            f"'{where}' is a {_architecture(config) or config.model_type}, not a causal language model.",
+            remedy="Name a model that predicts the next token, such as builtin:teacher.",
         )
 
 
@@ -112,12 +160,9 @@ def load_model(
     """
     folder = resolve_model(str(ref))
     config = load_config(folder, trust_remote_code)
+    if expect == "causal":
+        require_causal(config, str(ref))
     auto = _auto_class(config)
-    if expect == "causal" and auto is not AutoModelForCausalLM:
-        raise ModelError(
-            f"'{ref}' is a {_architecture(config) or config.model_type}, not a causal language model.",
-            remedy="Name a model that predicts the next token, such as builtin:teacher.",
-        )
     Checkpoint(folder)
     try:
         with _no_progress_bar():
@@ -144,16 +189,59 @@ def load_model(
     return loaded
 
 
-def load_tokenizer(ref: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(ref: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of model `ref`. Raises `ModelError` when the folder has none."""
     folder = resolve_model(str(ref))
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError, TypeError) as error:
+        found = any((folder / name).is_file() for name in TOKENIZERS)
+        cause = f"a tokenizer that transformers cannot read: {_first_line(error)}" if found else "no tokenizer."
         raise ModelError(
-            f"'{folder}' has no tokenizer that transformers can read: {_first_line(error)}",
+            f"'{folder}' has {cause}",
             remedy="Save the tokenizer into the model's folder with save_pretrained.",
         ) from error
+
+
+def check_vocabularies(first_name: str, first: PreTrainedModel, second_name: str, second: PreTrainedModel) -> None:
+    """Raise `ModelError` when the logits of two models that are to be compared have different widths."""
+    widths = [model.config.get_text_config().vocab_size for model in (first, second)]
+    if widths[0] != widths[1]:
+        raise ModelError(
+            f"The vocabulary of '{first_name}' has {widths[0]} tokens, that of '{second_name}' {widths[1]}.",
+            remedy=ONE_TOKENIZER,
+        )
+
+
+def check_tokenizers(
+    first_name: str, first: PreTrainedTokenizerBase, second_name: str, second: PreTrainedTokenizerBase
+) -> None:
+    """Raise `ModelError` unless two models that are to be compared cut a text into the same token ids.
+
+    Vocabularies of one size can number different tokens, and then column i of one model's logits means another token
+    than column i of the other's: any divergence of the two is a number without meaning. Compared are the tokens with
+    their ids and, where both tokenizers are of the `tokenizers` library, the algorithm with its merges.
+    """
+    tokens, others = first.get_vocab(), second.get_vocab()
+    if tokens != others:
+        word = min(word for word, _ in tokens.items() ^ others.items())
+        raise ModelError(
+            f"'{first_name}' and '{second_name}' have different tokenizers: token {word!r} is "
+            f"{tokens.get(word, 'absent')} in the one and {others.get(word, 'absent')} in the other.",
+            remedy=ONE_TOKENIZER,
+        )
+    if _algorithm(first) != _algorithm(second) and None not in (_algorithm(first), _algorithm(second)):
+        raise ModelError(
+            f"'{first_name}' and '{second_name}' have the same tokens and form them in different ways.",
+            remedy=ONE_TOKENIZER,
+        )
+
+
+def _algorithm(tokenizer: PreTrainedTokenizerBase) -> object:
+    """How a tokenizer of the `tokenizers` library cuts words into tokens, as plain data; None for another one."""
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return None
+    return json.loads(tokenizer.backend_tokenizer.to_str())["model"]
 
 
 @contextmanager

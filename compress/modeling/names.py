@@ -9,8 +9,12 @@ is a group of its own, which is always correct, only not always fusible.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from compress.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # last part of a module's name -> last part of its group's name; siblings under one parent share the group
 FUSED: Mapping[str, str] = {
@@ -72,3 +76,15 @@ def align_names(stored: Iterable[str], known: Collection[str], prefix: str) -> d
         owner[target] = name
         aligned[name] = target
     return aligned
+
+
+def stored_names(names: Iterable[str], model: PreTrainedModel) -> dict[str, str]:
+    """What a checkpoint with the tensors `names` calls each tensor of `model`: the model's name -> the checkpoint's.
+
+    In the model's order; tensors that the model does not know come last, under their own names. A tensor that the
+    checkpoint lacks is not in the result. Raises `ModelError` as `align_names` does.
+    """
+    order = list(model.state_dict())
+    aligned = align_names(names, frozenset(order), model.base_model_prefix)
+    present = {name: stored for stored, name in aligned.items()}
+    return {name: present.pop(name) for name in order if name in present} | present

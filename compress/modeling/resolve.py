@@ -14,8 +14,8 @@ from compress.errors import ModelError
 
 BUILTIN = "builtin:"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-# what a checkpoint needs; pickles are left out, they would only be refused
-HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+# what a checkpoint needs; pickles are left out, they would only be refused; code is not run unless it is trusted
+HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.spm", "*.tiktoken", "*.txt", "*.jinja", "*.py", "LICENSE*"]
 
 
 def builtin_root() -> Path:

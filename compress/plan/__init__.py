@@ -8,5 +8,6 @@ found here, before hours of work.
 
 from compress.plan.plan import Plan, StagePlan, make_plan
 from compress.plan.quantize import MatrixPlan, QuantizationPlan
+from compress.plan.stamps import arguments
 
-__all__ = ["MatrixPlan", "Plan", "QuantizationPlan", "StagePlan", "make_plan"]
+__all__ = ["MatrixPlan", "Plan", "QuantizationPlan", "StagePlan", "arguments", "make_plan"]

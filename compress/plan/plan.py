@@ -10,16 +10,17 @@ four float32 values per position and token of the vocabulary.
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.data import fingerprint, text_source
 from compress.distillation.objective import make_term
 from compress.ops import backend
+from compress.plan.checks import check_machine, check_models
+from compress.plan.places import Places, places_of
 from compress.plan.quantize import QuantizationPlan, plan_quantization
-from compress.plan.subject import Subject, read_subject, subject_of
+from compress.plan.subject import Subject, read_subjects, subject_of
 
 if TYPE_CHECKING:
     from compress.recipe import DistillRecipe, EvaluateRecipe, Recipe
@@ -46,6 +47,7 @@ class Plan:
     """Everything that `compress plan` prints. `quantization` is None when nothing is quantized."""
 
     recipe: Recipe
+    out: str
     work: str
     stages: tuple[StagePlan, ...]
     parameters: int
@@ -70,29 +72,22 @@ class Plan:
 def make_plan(recipe: Recipe) -> Plan:
     """The plan of `recipe`.
 
-    Raises `UsageError` for unknown methods, options and impossible budgets, `ModelError` and `DataError` for models and
-    data that cannot be read or do not fit each other.
+    Raises `UsageError` for unknown methods, options, impossible budgets and places, `ModelError` and `DataError` for
+    models and data that cannot be read or do not fit each other, `DependencyError` for a package that is missing.
     """
-    subject = subject_of(recipe)
-    outs = _outs(recipe)
-    quantization = None if recipe.quantize is None else plan_quantization(recipe.quantize, subject)
-    stages: list[StagePlan] = []
-    source = recipe.model
-    for name in recipe.stages:
-        if recipe.distill is not None and name == "distill":
-            stages.append(_distill(recipe.distill, recipe, subject, outs[name]))
-        elif quantization is not None and name == "quantize":
-            stages.append(_quantize(quantization, source, outs[name]))
-        elif recipe.evaluate is not None and name == "evaluate":
-            stages.append(_evaluate(recipe.evaluate, source))
-        else:
-            stages.append(StagePlan(name, source, outs[name], f"write {source} as {name.partition(':')[2]}"))
-        if name in ("distill", "quantize"):
-            source = outs[name]
+    places = places_of(recipe)
+    check_machine(recipe)
+    subjects = read_subjects(recipe, {str(place) for place in places.stages.values() if place is not None})
+    subject = subject_of(recipe, subjects)
+    check_models(recipe, subject, subjects)
+    quantization = None
+    if recipe.quantize is not None:
+        quantization = plan_quantization(recipe.quantize, subject, recipe.trust_remote_code)
     return Plan(
         recipe=recipe,
-        work=str(_work(recipe)),
-        stages=tuple(stages),
+        out=str(places.out),
+        work=str(places.work),
+        stages=tuple(_stages(recipe, places, subject, subjects, quantization)),
         parameters=subject.parameters,
         original_bytes=subject.bytes,
         quantization=quantization,
@@ -102,32 +97,35 @@ def make_plan(recipe: Recipe) -> Plan:
     )
 
 
-def _outs(recipe: Recipe) -> dict[str, str | None]:
-    """Where each stage's result appears: `out` for a recipe of one stage, folders inside it for one of several."""
-    if len(recipe.stages) == 1:
-        outs: dict[str, str | None] = dict.fromkeys(recipe.stages, recipe.out)
-    else:
-        inside = {"distill": "distilled", "quantize": "quantized"}
-        outs = {name: str(Path(recipe.out, inside.get(name, name.partition(":")[2]))) for name in recipe.stages}
-    return {name: None if name == "evaluate" else out for name, out in outs.items()}
+def _stages(
+    recipe: Recipe,
+    places: Places,
+    subject: Subject,
+    subjects: Mapping[str, Subject],
+    quantization: QuantizationPlan | None,
+) -> Iterator[StagePlan]:
+    """The stages in order; each reads what the one before has made."""
+    source = recipe.model
+    for name, place in places.stages.items():
+        out = None if place is None else str(place)
+        if recipe.distill is not None and name == "distill":
+            yield _distill(recipe.distill, source, subject, subjects.get(recipe.distill.teacher or ""), out)
+        elif quantization is not None and name == "quantize":
+            yield _quantize(quantization, source, out, recipe.device)
+        elif recipe.evaluate is not None and name == "evaluate":
+            yield _evaluate(recipe.evaluate, source)
+        else:
+            to = name.partition(":")[2]
+            yield StagePlan(name, source, out, f"write {source} as {to}", notes=_on_the_cpu(recipe.device))
+        if name in ("distill", "quantize"):
+            source = out
 
 
-def _work(recipe: Recipe) -> Path:
-    out = Path(recipe.out)
-    return Path(recipe.work) if recipe.work is not None else out.with_name(f"{out.name}.work")
-
-
-def _distill(part: DistillRecipe, recipe: Recipe, subject: Subject, out: str | None) -> StagePlan:
-    # here, because the trainer is slow to import and a plan without distillation does without
-    from compress.distillation.trainer import check_vocabularies
-
+def _distill(
+    part: DistillRecipe, source: str | None, subject: Subject, teacher: Subject | None, out: str | None
+) -> StagePlan:
     for loss in part.losses:
         make_term(loss.name, dict(loss.options), has_teacher=part.teacher is not None)
-    teacher_bytes = 0
-    if part.teacher is not None:
-        teacher = read_subject(part.teacher, recipe.trust_remote_code)
-        check_vocabularies(subject.model, teacher.model)
-        teacher_bytes = teacher.parameters * 4
     tokens = part.steps * part.batch_size * part.gradient_accumulation * part.context
     against = f"against {part.teacher}" if part.teacher is not None else "on labels alone"
     losses = " + ".join(str(loss) for loss in part.losses)
@@ -140,18 +138,23 @@ def _distill(part: DistillRecipe, recipe: Recipe, subject: Subject, out: str | N
     positions = part.batch_size * part.context
     activations = positions * config.num_hidden_layers * config.hidden_size * BYTES_PER_ACTIVATION
     logits = positions * config.vocab_size * 4 * 4
-    memory = subject.parameters * BYTES_PER_TRAINED_PARAMETER + teacher_bytes + activations + logits
-    return StagePlan("distill", recipe.model, out, text, memory, notes)
+    of_teacher = 0 if teacher is None else teacher.parameters * 4
+    memory = subject.parameters * BYTES_PER_TRAINED_PARAMETER + of_teacher + activations + logits
+    return StagePlan("distill", source, out, text, memory, notes)
 
 
-def _quantize(plan: QuantizationPlan, source: str | None, out: str | None) -> StagePlan:
+def _quantize(plan: QuantizationPlan, source: str | None, out: str | None, device: str) -> StagePlan:
     text = f"{len(plan.matrices)} matrices with {plan.codec} at {plan.bits_per_weight:.4f} bits per weight"
     notes = ("data-free: no text is used, every weight counts the same",) if plan.data_free else ()
-    return StagePlan("quantize", source, out, text, plan.memory_bytes, notes)
+    return StagePlan("quantize", source, out, text, plan.memory_bytes, (*notes, *_on_the_cpu(device)))
+
+
+def _on_the_cpu(device: str) -> tuple[str, ...]:
+    return (f"on the CPU: this stage makes no use of {device}",) if device != "cpu" else ()
 
 
 def _evaluate(part: EvaluateRecipe, source: str | None) -> StagePlan:
-    models = ", ".join(str(model) for model in dict.fromkeys([*part.compare, source]))
+    models = ", ".join([*(model for model in part.compare if model != source), str(source)])
     against = f" against {part.reference}" if part.reference is not None else ""
     limit = f", {part.limit:,} tokens at most" if part.limit is not None else ""
     text = f"measure {models}{against} on {' + '.join(part.data)}, windows of {part.context} tokens{limit}"

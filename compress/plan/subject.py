@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers import AutoConfig
-
-from compress.errors import ModelError
 from compress.modeling.io import Checkpoint
-from compress.modeling.loading import load_config, parameter_count, skeleton
+from compress.modeling.loading import config_from_file, load_config, parameter_count, skeleton
 from compress.modeling.resolve import resolve_model
 
 if TYPE_CHECKING:
@@ -33,6 +30,22 @@ class Subject:
         return parameter_count(self.model)
 
     @property
+    def folder(self) -> Path | None:
+        return self.checkpoint.folder if self.checkpoint is not None else None
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether it predicts the next token."""
+        return self.model.can_generate()
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens that fit into its table of positions; None for a model that has no such bound."""
+        # a field that some families do not have, under a name that others map to their own
+        longest: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return longest
+
+    @property
     def bytes(self) -> int:
         """Bytes of the weight files; those of the parameters in the config's dtype where there are no files yet."""
         if self.checkpoint is not None:
@@ -40,12 +53,22 @@ class Subject:
         return self.parameters * self.model.dtype.itemsize
 
 
-def subject_of(recipe: Recipe) -> Subject:
-    """The model that `recipe` starts from. Raises `ModelError` when it cannot be read."""
+def read_subjects(recipe: Recipe, made: Collection[str]) -> dict[str, Subject]:
+    """The models that `recipe` names, by that name, except those to measure that it makes itself, in folders `made`.
+
+    Raises `ModelError` for one that cannot be read.
+    """
+    read = (recipe.model, recipe.distill.teacher if recipe.distill is not None else None)
+    names = [model for model in recipe.models if model in read or str(Path(model)) not in made]
+    return {name: read_subject(name, recipe.trust_remote_code) for name in names}
+
+
+def subject_of(recipe: Recipe, subjects: Mapping[str, Subject]) -> Subject:
+    """The model that `recipe` starts from. Raises `ModelError` for a config that cannot be read."""
     if recipe.distill is not None and recipe.distill.student is not None:
         return _from_config(recipe.distill.student.config, recipe.trust_remote_code)
     assert recipe.model is not None
-    return read_subject(recipe.model, recipe.trust_remote_code)
+    return subjects[recipe.model]
 
 
 def read_subject(reference: str, trust_remote_code: bool) -> Subject:
@@ -56,9 +79,5 @@ def read_subject(reference: str, trust_remote_code: bool) -> Subject:
 
 
 def _from_config(path: str, trust_remote_code: bool) -> Subject:
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-        config = AutoConfig.for_model(values.pop("model_type"), **values)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"The student's config '{path}' cannot be read: {error}.", remedy="Check the file.") from error
+    config = config_from_file(Path(path))
     return Subject(f"random weights of {path}", skeleton(config, trust_remote_code), None)

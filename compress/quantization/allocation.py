@@ -98,16 +98,31 @@ def _cost(groups: Sequence[Group], widths: Sequence[int]) -> int:
 
 
 def _checked_budget(groups: Sequence[Group], widths: Sequence[int], codec: Codec, bits: float) -> int:
-    """The budget in whole bits."""
+    """The budget in whole bits: the most of which `bits` a weight are not exceeded."""
     weights = sum(group.weights for group in groups)
-    least, most = _total(groups, widths[0]) / weights, _total(groups, widths[-1]) / weights
-    if not (math.isfinite(bits) and least <= bits <= most):
+    least, most = _total(groups, widths[0]), _total(groups, widths[-1])
+    budget = _whole_bits(bits, weights) if math.isfinite(bits) else -1
+    if not least <= budget <= most:
         raise UsageError(
-            f"The codec '{codec.config_type.name}' stores this model in {least:.3f} to {most:.3f} bits a weight, "
-            f"not in {bits}.",
+            f"The codec '{codec.config_type.name}' stores this model in {least / weights:.3f} to {most / weights:.3f} "
+            f"bits a weight, not in {bits}.",
             remedy="Name a rate between the two.",
         )
-    return math.floor(bits * weights)
+    return budget
+
+
+def _whole_bits(bits: float, weights: int) -> int:
+    """The largest integer B with B / `weights` <= `bits`, where the quotient is rounded as a report rounds it.
+
+    The floor of the product alone is at times one too small: asked for exactly the rate of an artifact, this is its
+    size again.
+    """
+    budget = math.floor(bits * weights)
+    while budget / weights > bits:
+        budget -= 1
+    while (budget + 1) / weights <= bits:
+        budget += 1
+    return budget
 
 
 def _by_preference(widths: Sequence[int], base: int, spread: int) -> list[int]:

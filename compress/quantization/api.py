@@ -23,7 +23,11 @@ from compress.quantization.target import untouched
 
 
 def quantize(
-    model: nn.Module | str | Path, bits: float = 3.25, codec: str | Codec = "pyramid", *, events: Events | None = None
+    model: nn.Module | str | Path,
+    *,
+    bits: float = 3.25,
+    codec: str | Codec = "pyramid",
+    events: Events | None = None,
 ) -> nn.Module:
     """Quantize the linear maps in the blocks of `model` to at most `bits` a weight on average; returns the model.
 

@@ -1,12 +1,14 @@
 """One matrix: rounded, and measured against what it was.
 
 The error is that of the weights alone, relative to their energy: ||W - Q||^2 / ||W||^2, which is
-tr(E H E^T) / tr(W H W^T) with H = I, the case without calibration data. Both sums run in float64.
+tr(E H E^T) / tr(W H W^T) with H = I, the case without calibration data. Both sums run in float64, a chunk of weights
+at a time: a copy of the whole matrix in float64 would be twice as large as everything else.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +17,9 @@ from torch import Tensor
 
 from compress.codecs.base import Codec, CodecSpec, QuantizedMatrix
 from compress.errors import NumericsError
+
+CHUNK_WEIGHTS = 2**20
+"""Weights that are checked or measured at once."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ def require_finite(name: str, tensor: Tensor) -> None:
     """Raise `NumericsError`, naming the tensor, when it holds NaN or infinity. Integers always pass."""
     if not tensor.is_floating_point() or tensor.element_size() == 1:
         return
-    bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+    bad = tensor.numel() - sum(int(torch.isfinite(chunk).sum()) for chunk in _chunks(tensor))
     if bad:
         raise NumericsError(
             f"The weight '{name}' holds {bad} values that are NaN or infinite.",
@@ -47,12 +52,18 @@ def require_finite(name: str, tensor: Tensor) -> None:
 
 def relative_error(original: Tensor, decoded: Tensor) -> float:
     """||original - decoded||^2 / ||original||^2 in float64; 0 when both are zero everywhere."""
-    reference = original.double()
-    energy = float(reference.square().sum())
-    error = float((reference - decoded.double()).square().sum())
+    energy = error = 0.0
+    for weight, rounded in zip(_chunks(original), _chunks(decoded), strict=True):
+        reference = weight.double()
+        energy += float(reference.square().sum())
+        error += float(reference.sub_(rounded).square_().sum())
     if error == 0:
         return 0.0
     return error / energy if energy > 0 else math.inf
+
+
+def _chunks(tensor: Tensor) -> Sequence[Tensor]:
+    return tensor.flatten().split(CHUNK_WEIGHTS)
 
 
 def quantize_matrix(name: str, weight: Tensor, codec: Codec, spec: CodecSpec) -> tuple[QuantizedMatrix, MatrixReport]:

@@ -3,7 +3,8 @@
     for each block: read a matrix -> round it -> measure it -> keep its payload; write the block's file; commit
     then: copy everything else and the payloads into the artifact, tensor by tensor; publish
 
-One matrix and its codes are in memory at a time, and one block's payloads. A block that was committed is not done
+In memory are one matrix with its codes and what they decode to, and one block's payloads; of the tensors that are
+copied, one. A block that was committed is not done
 again: killed at any moment, the next run with the same work folder continues and ends with the same bytes.
 """
 
@@ -19,18 +20,19 @@ from typing import Any
 from torch import Tensor
 
 from compress.codecs.base import Codec
-from compress.errors import ArtifactError, ModelError
+from compress.errors import ArtifactError, ModelError, UsageError
 from compress.events import Events, seconds_left
 from compress.formats.config import QuantizationConfig
 from compress.formats.native import write_artifact, write_weights
-from compress.modeling.io import read_tensors
+from compress.modeling.io import stream_tensors
 from compress.modeling.structure import MatrixView, read_view
 from compress.modeling.writer import MAX_SHARD_BYTES, write_tensors
 from compress.ops import backend
 from compress.quantization.blocks import by_block, mean_error, quantize_block
 from compress.quantization.matrix import MatrixReport, require_finite
 from compress.quantization.target import Target, entries, open_target, predict
-from compress.workspace import Workspace, check_free, disk_errors, stage_beside
+from compress.storage import check_free, disk_errors, stage_beside
+from compress.workspace import Workspace
 
 STAGE = "quantize"
 
@@ -51,12 +53,13 @@ def quantize_checkpoint(
 
     `widths` gives each matrix of the target set its code width. Units of `workspace` named `quantize/...` are used.
     Raises `ModelError`, `NumericsError` or `CodecError` for what cannot be quantized, `UsageError` when `out` is
-    taken, `WorkspaceError` on a full disk; `out` then does not exist.
+    taken or, like the work folder, inside `source`, `WorkspaceError` on a full disk; `out` then does not exist.
     """
     finished = workspace.published(f"{STAGE}/artifact", out)
     if finished is not None:
         report: dict[str, Any] = finished["report"]
         return report
+    _check_outside(source, out, workspace)
     check_free(out, workspace.overwrite)
     target = open_target(source, trust_remote_code)
     _check_widths(target, widths)
@@ -143,7 +146,7 @@ def _assemble(target: Target, unit_files: Sequence[Path]) -> Iterator[tuple[str,
         if name not in packed:
             yield name, target.checkpoint.read(stored)
     for path in unit_files:
-        yield from read_tensors(path, ArtifactError).items()
+        yield from stream_tensors(path, ArtifactError)
 
 
 def _report(
@@ -175,6 +178,14 @@ def _check_finite(target: Target, workspace: Workspace) -> None:
             if name in target.known:
                 require_finite(stored, target.checkpoint.read(stored))
         workspace.commit(unit, [], {})
+
+
+def _check_outside(source: Path, out: Path, workspace: Workspace) -> None:
+    """Refuse to write into the model that is being read: a result would lie in what it was made from."""
+    model = source.resolve()
+    for option, folder in (("--out", out), ("--work", workspace.folder)):
+        if folder.resolve().is_relative_to(model):
+            raise UsageError(f"'{folder}' is inside the model's folder '{source}'.", remedy=f"Name another {option}.")
 
 
 def _check_widths(target: Target, widths: Mapping[str, int]) -> None:

@@ -17,7 +17,7 @@ from compress.errors import ModelError
 from compress.modeling.io import Checkpoint
 from compress.modeling.layout import Entry, plan_shards
 from compress.modeling.loading import load_config, parameter_count, require_unquantized, skeleton
-from compress.modeling.names import align_names
+from compress.modeling.names import stored_names
 from compress.modeling.structure import MatrixView, matrices, require_linear
 from compress.modeling.writer import MAX_SHARD_BYTES
 
@@ -62,12 +62,14 @@ def open_target(source: Path, trust_remote_code: bool = False) -> Target:
     model = skeleton(config, trust_remote_code)
     views = matrices(model)
     require_linear(views)
-    order = list(model.state_dict())
-    aligned = align_names(checkpoint.names(), frozenset(order), model.base_model_prefix)
-    present = {name: stored for stored, name in aligned.items()}
-    stored = {name: present.pop(name) for name in order if name in present} | present
     target = Target(
-        source, checkpoint, tuple(views), stored, frozenset(order), untouched(model, views), parameter_count(model)
+        source=source,
+        checkpoint=checkpoint,
+        views=tuple(views),
+        stored=stored_names(checkpoint.names(), model),
+        known=frozenset(model.state_dict()),
+        ignore=untouched(model, views),
+        parameters=parameter_count(model),
     )
     for view in views:
         _check_view(target, view)

@@ -1,7 +1,7 @@
 """What is wanted, as typed data: a YAML file, command line options, or Python arguments, all as one `Recipe`."""
 
 from compress.recipe.method import Method
-from compress.recipe.read import load_recipe, make_recipe, packaged_recipes, with_overrides
+from compress.recipe.read import allowed_text, load_recipe, make_recipe, packaged_recipes, with_overrides
 from compress.recipe.schema import (
     DistillRecipe,
     EvaluateRecipe,
@@ -20,6 +20,7 @@ __all__ = [
     "QuantizeRecipe",
     "Recipe",
     "StudentRecipe",
+    "allowed_text",
     "flatten",
     "load_recipe",
     "make_recipe",

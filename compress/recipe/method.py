@@ -44,12 +44,12 @@ class Method(BaseModel):
         if not isinstance(value, str):
             return value
         if re.match(PATTERN, value) is None:
-            raise ValueError("NAME or NAME:key=value,key=value is the form of a method")
+            raise ValueError("NAME or NAME:key=value,key=value")
         name, _, rest = value.partition(":")
         pairs = [part.split("=") for part in rest.split(",")] if rest else []
         keys = [key for key, _ in pairs]
         if len(set(keys)) < len(keys):
-            raise ValueError("an option is given twice")
+            raise ValueError("each option once")
         return {"name": name, "options": {key: parse_option(text) for key, text in pairs}}
 
     @classmethod

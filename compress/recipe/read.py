@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from compress.errors import RecipeError
+from compress.errors import RecipeError, nearest
 from compress.recipe.document import Document, parse_scalar
 from compress.recipe.schema import Recipe
 
@@ -28,18 +27,32 @@ def packaged_recipes() -> dict[str, Path]:
 
 
 def load_recipe(reference: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in a file, or the packaged one of that name, with `a.b=value` overrides. Raises `RecipeError`."""
+    """The recipe in a file, or the packaged one of that name, with `a.b=value` overrides. Raises `RecipeError`.
+
+    The config of a student in the file is relative to the file's folder; one that an override names, like all other
+    paths, to the folder that the command runs in.
+    """
     path, known = Path(reference), packaged_recipes()
     if not path.is_file() and reference in known:
         path = known[reference]
     if not path.exists():
-        close = difflib.get_close_matches(reference, known, n=1)
-        hint = f"Did you mean '{close[0]}'?" if close else "Name a file, or a recipe of `compress list recipes`."
-        raise RecipeError(f"There is no recipe '{reference}'.", remedy=hint)
+        remedy = nearest(reference, known, "Name a file, or one that comes with the package")
+        raise RecipeError(f"There is no recipe '{reference}'.", remedy=remedy)
     document = Document.read(path)
     if not isinstance(document.value, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys.", remedy="Begin with `model:` and `out:`.")
-    return make_recipe(with_overrides(document.value, overrides), document, overrides)
+    value = _beside(path.parent, document.value)
+    return make_recipe(with_overrides(value, overrides), document, overrides)
+
+
+def _beside(folder: Path, value: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a recipe's data whose student config, if it has one, is a path that starts from `folder`."""
+    result: dict[str, Any] = _copy(dict(value))
+    distill = result.get("distill")
+    student = distill.get("student") if isinstance(distill, dict) else None
+    if isinstance(student, dict) and isinstance(student.get("config"), str):
+        student["config"] = str(folder / student["config"])
+    return result
 
 
 def with_overrides(value: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -143,16 +156,22 @@ def _explain(error: ErrorDetails, document: Document | None, settings: Mapping[s
     name = ".".join(str(step) for step in location)
     where = _where(location, name, document, settings)
     if error["type"] == "extra_forbidden":
-        known = sorted(_model_at(location[:-1]).model_fields)
-        close = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-        hint = f"Did you mean '{close[0]}'?" if close else f"Known here: {', '.join(known)}."
-        return f"{where}unknown key '{name}'. {hint}"
+        remedy = nearest(str(location[-1]), _model_at(location[:-1]).model_fields, "Known here")
+        return f"{where}unknown key '{name}'. {remedy}"
     if error["type"] == "missing":
         return f"{where}the key '{name}' is missing."
-    allowed = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    allowed = allowed_text(error)
     if not name:
         return f"{where}{allowed}."
     return f"{where}'{name}' is {error['input']!r}. Allowed: {allowed}."
+
+
+def allowed_text(error: ErrorDetails) -> str:
+    """What would have been right, in the words of pydantic's message."""
+    text = error["msg"]
+    for prefix in ("Value error, ", "Input should be ", "String should have "):
+        text = text.removeprefix(prefix)
+    return text
 
 
 def _where(location: Location, name: str, document: Document | None, settings: Mapping[str, str]) -> str:

@@ -1,6 +1,7 @@
 """The typed recipe, version 1. Every field with its unit, range and default; unknown keys are errors.
 
-Paths are relative to the folder that the command runs in. A recipe of one stage writes its result to `out` itself; one
+Paths are relative to the folder that the command runs in; only `distill.student.config`, which belongs to the recipe,
+is in a recipe file relative to that file's folder. A recipe of one stage writes its result to `out` itself; one
 of several writes `out/distilled`, `out/quantized`, `out/<format>`, and `out/report.json`.
 """
 
@@ -30,9 +31,11 @@ class Part(BaseModel):
 class StudentRecipe(Part):
     """A student with random weights, instead of a model that exists."""
 
-    config: Text = Field(description="path of the config JSON of a transformers model")
+    config: Text = Field(
+        description="path of the config JSON of a transformers model, in a recipe file relative to its folder"
+    )
     tokenizer: Text | None = Field(
-        None, description="a model whose tokenizer to use; without one, it is trained on `data`"
+        None, description="a model whose tokenizer to use; without one, the teacher's, or else one trained on `data`"
     )
 
 
@@ -50,6 +53,7 @@ class DistillRecipe(Part):
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up")
     weight_decay: float = Field(0.01, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="norm to which gradients are clipped; 0 does not clip")
     optimizer: Literal["adamw", "muon"] = "adamw"
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the forward pass; weights are float32")
     compile: bool = Field(False, description="compile the student with torch.compile")
@@ -120,6 +124,14 @@ class Recipe(Part):
         names = [name for name, part in (("distill", self.distill), ("quantize", self.quantize)) if part is not None]
         names += [f"export:{export.to}" for export in self.export]
         return (*names, *(["evaluate"] if self.evaluate is not None else []))
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Every model that the recipe names and whose weights it reads, each once."""
+        named = [self.model, *([self.distill.teacher] if self.distill is not None else [])]
+        if self.evaluate is not None:
+            named += [self.evaluate.reference, *self.evaluate.compare]
+        return tuple(dict.fromkeys(model for model in named if model is not None))
 
     def arguments(self) -> dict[str, Any]:
         """Every value by its dotted name: what a work folder compares when a run is taken up again."""

@@ -22,7 +22,7 @@ from compress.evaluation.generate import OnnxDecoder, generate_sampled
 from compress.evaluation.latency import tokens_per_second
 from compress.exporters import export_onnx
 from compress.formats.sizes import model_size
-from compress.modeling.loading import load_model, load_tokenizer
+from compress.modeling.loading import check_tokenizers, load_model, load_tokenizer
 from compress.modeling.resolve import resolve_model
 
 if TYPE_CHECKING:
@@ -56,6 +56,10 @@ def compare(
     reference = None
     if asked.reference is not None:
         reference = load_model(asked.reference, device=device, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(asked.reference, trust_remote_code)
+        for subject in subjects:
+            other = load_tokenizer(subject.model, trust_remote_code)
+            check_tokenizers(subject.name, other, asked.reference, tokenizer)
     figures: dict[str, dict[str, Any]] = {}
     with events.stage("evaluate", len(subjects)):
         for index, subject in enumerate(subjects, 1):
@@ -86,7 +90,7 @@ def _measure(
 ) -> dict[str, Any]:
     folder = resolve_model(subject.model)
     tokenizer = load_tokenizer(folder)
-    figures: dict[str, Any] = asdict(model_size(folder))
+    figures: dict[str, Any] = asdict(model_size(folder, trust_remote_code))
     figures |= evaluate(
         model, data=asked.data, reference=reference, context=asked.context, limit=asked.limit, tokenizer=tokenizer
     )
@@ -101,7 +105,7 @@ def _speeds(subject: Subject, model: PreTrainedModel, scratch: Path) -> dict[str
     folder = subject.onnx
     if folder is None:
         shutil.rmtree(scratch, ignore_errors=True)
-        export_onnx(model, scratch)
+        export_onnx(load_model(subject.model), scratch)
         folder = scratch
     in_ort = tokens_per_second(OnnxDecoder(folder))
     if subject.onnx is None:
@@ -120,7 +124,7 @@ def write_samples(
     stream = tokenize(text_source(data), tokenizer)
     starts = [i * (len(stream.ids) - SAMPLE_PROMPT) // count for i in range(count)]
     prompts = torch.stack([stream.ids[start : start + SAMPLE_PROMPT] for start in starts])
-    written = generate_sampled(model, prompts, SAMPLE_TOKENS, temperature=SAMPLE_TEMPERATURE, seed=0)
+    written = generate_sampled(model, prompts.to(model.device), SAMPLE_TOKENS, temperature=SAMPLE_TEMPERATURE, seed=0)
     return [
         {"prompt": str(tokenizer.decode(text[:SAMPLE_PROMPT])), "text": str(tokenizer.decode(text[SAMPLE_PROMPT:]))}
         for text in written

@@ -19,9 +19,10 @@ UNBOUNDED = {32: 0.1048, 48: 0.0266, 52: 0.0177}
 BELOW, ABOVE = 0.04, 0.01
 
 
-@pytest.mark.parametrize("largest", [7, 127])
-@pytest.mark.parametrize("width", [32, 48, 52, 64], ids=["2.0", "3.0", "3.25", "4.0"])
-def test_error_is_that_of_the_table(width: int, largest: int) -> None:
+@pytest.mark.parametrize(
+    ("largest", "width"), [(7, 32), (7, 48), (7, 52), (7, 59), (127, 32), (127, 48), (127, 52), (127, 64)]
+)
+def test_error_is_that_of_the_table(largest: int, width: int) -> None:
     pyramid = codec("pyramid", max=largest)
     spec = pyramid.spec(width)
     weight = torch.randn(128, 256, generator=torch.Generator().manual_seed(3))
@@ -48,13 +49,12 @@ def test_the_bounded_count_beats_the_literature(width: int) -> None:
 
 
 @pytest.mark.parametrize("largest", [7, 127])
-def test_more_bits_are_never_worse_and_every_code_fits(largest: int) -> None:
+def test_more_bits_are_always_better_and_every_code_fits(largest: int) -> None:
     pyramid = codec("pyramid", max=largest)
-    assert pyramid.widths() == tuple(range(24, 65))
     shapes = [shape_of(pyramid.spec(width)) for width in pyramid.widths()]
     for width, shape in zip(pyramid.widths(), shapes, strict=True):
         assert codebook_size(16, shape.pulses, shape.limit) * len(shape.levels) <= 2**width
         assert shape.limit <= min(largest, shape.pulses)
         assert list(shape.levels) == sorted(shape.levels) and shape.levels[0] > 0
     errors = [shape.mse for shape in shapes]
-    assert errors == sorted(errors, reverse=True)
+    assert errors == sorted(set(errors), reverse=True)

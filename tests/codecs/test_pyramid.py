@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from compress import ops
-from compress.codecs import CodecSpec, QuantizedMatrix, codec
+from compress.codecs import CodecSpec, QuantizedMatrix, codec, codec_of
 from compress.codecs.pyramid.codec import shape_of, split_codes
 from compress.errors import ArtifactError, CodecError, NumericsError, UsageError
 
@@ -168,10 +168,16 @@ def test_widths_of_a_range_of_rates() -> None:
     assert codec("pyramid").dim == 16
 
 
-def test_containers_follow_the_bound() -> None:
-    small, wide = codec("pyramid").spec(52), codec("pyramid", max=127).spec(64)
-    assert check_round_trip(normal(2, 16), small).containers() == ("onnx:MatMulNBits/4/16", "onnx:MatMulNBits/8/16")
-    assert check_round_trip(normal(2, 16), wide).containers() == ("onnx:MatMulNBits/8/16",)
+def test_widths_that_buy_nothing_are_read_and_not_offered() -> None:
+    bounded, free = codec("pyramid", max=7), codec("pyramid", max=127)
+    assert bounded.widths() == tuple(range(24, 60))
+    assert free.widths() == tuple(range(24, 65))
+    with pytest.raises(UsageError, match=r"no code of 64 bits.*24 to 59"):
+        bounded.spec(64)
+    padded = CodecSpec("pyramid", 64, 16, dict(bounded.spec(59).options))
+    codes = codec_of(padded).quantize(normal(4, 32), padded)
+    same = bounded.quantize(normal(4, 32), bounded.spec(59))
+    assert torch.equal(codes.dequantize(), same.dequantize())
 
 
 @pytest.mark.parametrize("gains", [1, 2, 3, 7, 24])

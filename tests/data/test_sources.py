@@ -61,6 +61,45 @@ def test_json_csv_and_chains(tmp_path: Path) -> None:
     assert texts == ["a", "1", "2", '3 "x"']
 
 
+def texts_of(spec: str) -> list[str]:
+    return [document.text for document in text_source(spec).documents()]
+
+
+BREAKS = "a\u2028b\x85c\x0cd\x1ce"
+"""Characters at which `str.splitlines` cuts, and files do not."""
+
+
+def test_lines_end_where_files_end_them(tmp_path: Path) -> None:
+    records = [{"q": BREAKS}, {"q": "two"}]
+    lines = "\r\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+    (tmp_path / "lines.json").write_text(lines, encoding="utf-8", newline="")
+    assert texts_of(f"json:{tmp_path / 'lines.json'}#q") == [BREAKS, "two"]
+    with (tmp_path / "t.csv").open("w", encoding="utf-8", newline="") as stream:
+        csv.writer(stream).writerows([["q", "a"], [BREAKS, "1"], ["x\r\ny", "2"]])
+    assert texts_of(f"csv:{tmp_path / 't.csv'}#q,a") == [f"{BREAKS}\n1", "x\r\ny\n2"]
+
+
+def test_byte_order_marks_are_no_text(tmp_path: Path) -> None:
+    for name, text in (("t.txt", "text"), ("l.json", '[{"q": "one"}]'), ("l.jsonl", '{"q": "one"}'), ("t.csv", "q\n1")):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert texts_of(f"text:{tmp_path / 't.txt'}") == ["text"]
+    assert texts_of(f"json:{tmp_path / 'l.json'}#q") == texts_of(f"json:{tmp_path / 'l.jsonl'}#q") == ["one"]
+    assert texts_of(f"csv:{tmp_path / 't.csv'}#q") == ["1"]
+
+
+def test_large_fields(tmp_path: Path) -> None:
+    large, limit = "x" * 300_000, csv.field_size_limit()
+    (tmp_path / "t.csv").write_text(f"q,a\n{large},1\n")
+    assert texts_of(f"csv:{tmp_path / 't.csv'}#q") == [large]
+    assert csv.field_size_limit() == limit
+
+
+def test_numbers_are_names_where_the_header_has_them(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("2023,2024\nold,new\n")
+    assert texts_of(f"csv:{tmp_path / 't.csv'}#2024") == ["new"]
+    assert texts_of(f"csv:{tmp_path / 't.csv'}#1") == ["2024", "new"]
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

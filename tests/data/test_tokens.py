@@ -28,6 +28,15 @@ def test_byte_bpe_is_lossless_and_of_the_asked_size(tokenizer: PreTrainedTokeniz
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
+@pytest.mark.parametrize(
+    ("vocabulary", "message"), [(4096, r"a tokenizer of \d+ tokens, not of 4096.*Give more text"), (200, "not of 200")]
+)
+def test_a_vocabulary_that_cannot_be_reached(tmp_path: Path, vocabulary: int, message: str) -> None:
+    (tmp_path / "t.txt").write_text(TEXT, encoding="utf-8")
+    with pytest.raises(DataError, match=message):
+        train_byte_bpe(text_source(f"text:{tmp_path / 't.txt'}"), vocabulary, 64)
+
+
 def test_bytes_of_tokens_add_up_to_the_text(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     texts = [TEXT, "🙂🙂", "plain ascii"]
     for number, text in enumerate(texts):

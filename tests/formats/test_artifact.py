@@ -7,13 +7,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+from transformers import AutoModel
 
 import compress
 from compress.codecs import codec
 from compress.errors import ArtifactError, CompressError
 from compress.events import Events
+from compress.formats.companions import companions
 from compress.formats.inspect import inspect_artifact
-from compress.formats.native import companions, read_artifact
+from compress.formats.native import Artifact
+from compress.formats.sizes import model_size
 from compress.modeling.io import WEIGHTS
 from compress.quantization.allocation import uniform
 from compress.quantization.run import quantize_checkpoint
@@ -58,14 +61,21 @@ def test_inspect(artifact: Path) -> None:
     assert "cls.predictions.transform.dense" in found.ignore
 
 
-def test_artifact_of_save_pretrained(tmp_path: Path) -> None:
-    model = compress.quantize(families.llama(num_hidden_layers=1))
-    families.save(model, tmp_path)
-    found = inspect_artifact(tmp_path)
-    assert found.verified == 0
-    assert len(found.rows) == 7
-    assert found.rows[0].relative_error is None
-    assert found.bits_per_weight == model.config.quantization_config["bits_per_weight"]
+@pytest.mark.parametrize(("architecture", "family"), [("LlamaForCausalLM", "llama"), ("BertForMaskedLM", "bert")])
+def test_artifact_of_save_pretrained(tmp_path: Path, architecture: str, family: str) -> None:
+    """Saved whole, and as the bare backbone, which the names in quantization_config do not quite fit any more."""
+    model = compress.quantize(families.build(architecture, family), bits=3.3)
+    rate = model.config.quantization_config["bits_per_weight"]
+    assert model.config.quantization_config["modules"]
+    families.save(model, tmp_path / "whole")
+    families.save(AutoModel.from_pretrained(tmp_path / "whole"), tmp_path / "bare")
+    for folder in (tmp_path / "whole", tmp_path / "bare"):
+        found, size = inspect_artifact(folder), model_size(folder)
+        assert found.verified == 0
+        assert len(found.rows) == (14 if family == "llama" else 12)
+        assert found.rows[0].relative_error is None
+        assert found.bits_per_weight == size.bits_per_weight == rate
+        assert found.model_bits_per_weight == size.model_bits_per_weight == 8 * size.bytes / size.parameters
 
 
 def test_every_changed_file_is_found(copy: Path) -> None:
@@ -75,15 +85,15 @@ def test_every_changed_file_is_found(copy: Path) -> None:
         data = path.read_bytes()
         path.write_bytes(bytes([data[-1] ^ 1]).join([data[:-1], b""]))
         with pytest.raises(ArtifactError, match=path.name):
-            read_artifact_and_verify(copy)
+            open_and_verify(copy)
         path.write_bytes(data)
-    assert read_artifact(copy).verify() > 0
+    assert Artifact(copy).verify() > 0
 
 
-def read_artifact_and_verify(folder: Path) -> None:
+def open_and_verify(folder: Path) -> None:
     """Some changes are found by opening already; those of config.json may make it another error of ours."""
     try:
-        read_artifact(folder).verify()
+        Artifact(folder).verify()
     except ArtifactError:
         raise
     except CompressError as error:
@@ -114,32 +124,64 @@ def test_damaged_checksums(copy: Path, text: str) -> None:
 def test_truncated_weights(copy: Path) -> None:
     (copy / WEIGHTS).write_bytes((copy / WEIGHTS).read_bytes()[:-10])
     with pytest.raises(ArtifactError, match="is damaged"):
-        read_artifact(copy)
+        Artifact(copy)
 
 
 def test_not_an_artifact(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no folder"):
-        read_artifact(tmp_path / "none")
+        Artifact(tmp_path / "none")
     families.save(families.llama(num_hidden_layers=1), tmp_path)
-    with pytest.raises(ArtifactError, match="quant_method None"):
-        read_artifact(tmp_path)
+    with pytest.raises(ArtifactError, match="not quantized by compress"):
+        Artifact(tmp_path)
 
 
 def test_width_that_does_not_fit_the_payload(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     config["quantization_config"]["default"]["width"] = 30
     (copy / "config.json").write_text(json.dumps(config))
-    artifact = read_artifact(copy)
+    artifact = Artifact(copy)
     name = next(name for name in artifact.modules if name not in config["quantization_config"]["modules"])
     with pytest.raises(ArtifactError, match="bytes of int8"):
         artifact.matrix(name)
 
 
-def test_companions(tmp_path: Path) -> None:
-    for name in ("a.json", "model.safetensors", "x.safetensors.index.json", "pytorch_model.bin", "README.md", ".git/c",
-                 "onnx/m.onnx", "1_Pooling/config.json", "config.json", ".hidden", "tokenizer.model"):  # fmt: skip
-        path = tmp_path / name
-        path.parent.mkdir(exist_ok=True)
-        path.touch()
-    found = [path.relative_to(tmp_path).as_posix() for path in companions(tmp_path)]
-    assert found == ["a.json", "tokenizer.model", "1_Pooling/config.json"]
+COMPANIONS = [
+    "1_Pooling/config.json",
+    "LICENSE",
+    "additional_chat_templates/tools.jinja",
+    "chat_template.jinja",
+    "generation_config.json",
+    "merges.txt",
+    "modules.json",
+    "preprocessor_config.json",
+    "sentence_bert_config.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+]
+OTHERS = [
+    "config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "README.md", ".git/config",
+    "onnx/model.onnx", ".hidden.model", "notes.txt", "data/train.json", "work/manifest.json", "out/tokenizer.json",
+    "checkpoint-10/optimizer.pt", "modeling_new.py", "trainer_state.json",
+]  # fmt: skip
+
+
+def touch(folder: Path, names: list[str]) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True, parents=True)
+        (folder / name).touch()
+
+
+def test_companions_are_what_belongs_to_the_model(tmp_path: Path) -> None:
+    touch(tmp_path, COMPANIONS + OTHERS)
+    assert [path.relative_to(tmp_path).as_posix() for path in companions(tmp_path)] == COMPANIONS
+
+
+@pytest.mark.parametrize("config", ["config.json", "tokenizer_config.json"])
+def test_code_is_copied_where_a_configuration_names_it(tmp_path: Path, config: str) -> None:
+    touch(tmp_path, ["modeling_new.py", "parts.py", "scripts/train.py"])
+    (tmp_path / config).write_text('{"auto_map": {"AutoModel": "modeling_new.NewModel"}}')
+    assert {path.name for path in companions(tmp_path)} - {config} == {"modeling_new.py", "parts.py"}

@@ -31,14 +31,25 @@ def test_only_what_differs_is_listed() -> None:
 def test_round_trip_through_json() -> None:
     config = QuantizationConfig.from_dict(json.loads(json.dumps(sample().to_dict())))
     assert config.to_dict() == sample().to_dict()
-    assert config.spec("layers.1") == PYRAMID.spec(52)
-    assert config.spec("layers.0") == config.spec("anything") == PYRAMID.spec(51)
+    assert config == sample()
+
+
+def test_specs_by_module() -> None:
+    """Also for a model that has the prefix more or less than the one that was quantized, and less of the head."""
+    expected = {"layers.0": PYRAMID.spec(51), "layers.1": PYRAMID.spec(52), "layers.2": PYRAMID.spec(51)}
+    assert sample().by_module([*expected, "lm_head"], "model") == expected
+    longer = {f"model.{name}": spec for name, spec in expected.items()}
+    assert sample().by_module([*longer, "model.embed"], "model") == longer
+    whole = QuantizationConfig.from_specs(longer, ["model.embed", "lm_head"], 3.2)
+    assert list(whole.by_module([*expected, "embed"], "model").items()) == list(expected.items())
+    with pytest.raises(ArtifactError, match=r"'layers\.1', which the model does not have"):
+        sample().by_module(["layers.0"], "model")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"quant_method": "gptq"}, "quant_method 'gptq'"),
+        ({"quant_method": "gptq"}, "quant_method is 'gptq'"),
         ({"format_version": 2}, "format version 2"),
         ({"default": None}, "damaged"),
         ({"modules": []}, "damaged"),

@@ -7,10 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from compress.errors import ModelError
 from compress.modeling.io import WEIGHTS, Checkpoint, read_tensors
 from compress.modeling.loading import (
+    check_tokenizers,
+    check_vocabularies,
+    config_from_file,
     load_config,
     load_model,
     load_tokenizer,
@@ -119,6 +125,59 @@ def test_pickle_only(tmp_path: Path) -> None:
 def test_no_tokenizer(llama_folder: Path) -> None:
     with pytest.raises(ModelError, match="no tokenizer"):
         load_tokenizer(llama_folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[1]", "is not a JSON object"),
+        ("{}", "names no model_type"),
+        ('{"model_type": 3}', "names no model_type"),
+        ('{"model_type": "lama"}', "'lama', which transformers does not know. Did you mean 'llama'"),
+        ('{"model_type": "llama", "hidden_size": "a"}', "'hidden_size' expected int, got str"),
+        ('{"model_type": "llama", "hidden_size": 33}', "not a multiple of the number of attention heads"),
+        ('{"model_type": "llama", "dtype": "float1"}', "refuses the config"),
+    ],
+)
+def test_config_file_that_makes_no_model(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "student.json"
+    path.write_text(text)
+    with pytest.raises(ModelError, match=message) as caught:
+        config_from_file(path)
+    assert str(path) in str(caught.value)
+
+
+def test_config_from_file(tmp_path: Path) -> None:
+    path = tmp_path / "student.json"
+    with pytest.raises(ModelError, match="There is no config"):
+        config_from_file(path)
+    path.write_text(families.config("llama").to_json_string(use_diff=False))
+    assert config_from_file(path).to_dict() == families.config("llama").to_dict()
+
+
+def test_check_vocabularies() -> None:
+    small, large = families.llama(), families.llama(vocab_size=97)
+    check_vocabularies("a", small, "b", families.bert())
+    with pytest.raises(ModelError, match="vocabulary of 'small' has 96 tokens, that of 'large' 97"):
+        check_vocabularies("small", small, "large", large)
+
+
+def bpe(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(vocabulary, merges)))
+
+
+def test_check_tokenizers() -> None:
+    tokens = {"a": 0, "b": 1, "c": 2, "ab": 3, "bc": 4, "abc": 5}
+    merges = [("a", "b"), ("b", "c"), ("ab", "c")]
+    first = bpe(tokens, merges)
+    check_tokenizers("one", first, "two", bpe(tokens, merges))
+    with pytest.raises(ModelError, match=r"'one' and 'two' have different tokenizers: token 'ab' is 3 .* and 4"):
+        check_tokenizers("one", first, "two", bpe({**tokens, "ab": 4, "bc": 3}, merges))
+    other = bpe(tokens, [("b", "c"), ("a", "b"), ("a", "bc")])
+    assert first.tokenize("abc") == other.tokenize("abc")
+    with pytest.raises(ModelError, match="'one' and 'two' have the same tokens and form them in different ways"):
+        check_tokenizers("one", first, "two", other)
 
 
 def test_require_unquantized() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from compress.errors import ModelError
-from compress.modeling.names import align_name, align_names, group_of
+from compress.modeling.names import align_name, align_names, group_of, stored_names
+from tests import families
 
 
 @pytest.mark.parametrize(
@@ -47,3 +48,11 @@ def test_align_keeps_unknown_names() -> None:
 def test_align_refuses_a_parameter_that_is_there_twice() -> None:
     with pytest.raises(ModelError, match=r"'a' and 'model\.a'"):
         align_names(["a", "model.a"], {"model.a"}, "model")
+
+
+def test_stored_names_follow_the_model() -> None:
+    model = families.llama(num_hidden_layers=1)
+    backbone = [name.removeprefix("model.") for name in model.state_dict() if name.startswith("model.")]
+    found = stored_names(["rotary.inv_freq", *sorted(backbone)], model)
+    assert list(found) == [*(f"model.{name}" for name in backbone), "rotary.inv_freq"]
+    assert [found[name] for name in found] == [*backbone, "rotary.inv_freq"]

@@ -8,8 +8,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+import compress
 from compress.errors import ModelError
-from compress.modeling import resolve
 from compress.modeling.resolve import builtin_names, model_name, resolve_model
 
 
@@ -20,7 +20,7 @@ def test_builtin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: bool) 
     (models / "teacher").mkdir(parents=True)
     (models / "teacher" / "config.json").write_text("{}")
     package.mkdir(exist_ok=True)
-    monkeypatch.setattr(resolve, "files", lambda name: package)
+    monkeypatch.setattr(compress, "__file__", str(package / "__init__.py"))
     assert builtin_names() == ["teacher"]
     assert resolve_model("builtin:teacher") == models / "teacher"
     with pytest.raises(ModelError, match="no built-in model 'studnet'"):
@@ -28,7 +28,7 @@ def test_builtin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: bool) 
 
 
 def test_installation_without_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resolve, "files", lambda name: tmp_path / "compress")
+    monkeypatch.setattr(compress, "__file__", str(tmp_path / "compress" / "__init__.py"))
     with pytest.raises(ModelError, match="has no built-in models"):
         resolve_model("builtin:teacher")
 

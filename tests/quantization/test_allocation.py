@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 
 import pytest
@@ -109,6 +110,26 @@ def test_rates_out_of_reach(bits: float) -> None:
     with pytest.raises(UsageError, match=r"pyramid.*bits a weight, not in") as caught:
         uniform(views_of(), PYRAMID, bits)
     assert caught.value.exit_code == 2
+
+
+def test_the_ends_of_the_range_can_be_asked_for() -> None:
+    """Sizes whose rates are no short fractions: a rate times the weights is at times just below the bits it means."""
+    for columns in range(33, 160, 2):
+        view = MatrixView("w", "w.weight", None, (7, columns), 0, "w", "w")
+        for width in (PYRAMID.widths()[0], 40, PYRAMID.widths()[-1]):
+            bits = stored_bits([view], {"w": width}) / view.weights
+            assert uniform([view], PYRAMID, bits) == {"w": width}
+        with pytest.raises(UsageError, match="in "):
+            uniform([view], PYRAMID, math.nextafter(stored_bits([view], {"w": 24}) / view.weights, 0))
+
+
+def test_padding_is_never_paid_for() -> None:
+    """A bound of 7 ends what bits can buy at 59 a group; a budget above is refused, with the range."""
+    bounded = codec("pyramid", max=7)
+    views = views_of(**MEDIUM)
+    assert max(uniform(views, bounded, 3.6).values()) <= 59
+    with pytest.raises(UsageError, match=r"in 1\.\d+ to 3\.7\d+ bits a weight, not in 4\.0"):
+        uniform(views, bounded, 4.0)
 
 
 def test_many_blocks_are_quick() -> None:

@@ -27,6 +27,18 @@ def test_report_against_numpy() -> None:
     assert report.to_dict()["shape"] == [48, 40]
 
 
+def test_chunks_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, rounded = torch.randn(2, 30, 50, generator=generator)
+    whole = relative_error(weight, rounded)
+    monkeypatch.setattr("compress.quantization.matrix.CHUNK_WEIGHTS", 70)
+    assert relative_error(weight, rounded) == pytest.approx(whole, rel=1e-12)
+    assert relative_error(weight.T, rounded.T) == pytest.approx(whole, rel=1e-12)
+    weight[0, 0] = weight[29, 49] = torch.nan
+    with pytest.raises(NumericsError, match="'w' holds 2 values"):
+        require_finite("w", weight)
+
+
 def test_zero_matrix_is_exact() -> None:
     pyramid = codec("pyramid")
     matrix, report = quantize_matrix("w", torch.zeros(16, 16), pyramid, pyramid.spec(52))

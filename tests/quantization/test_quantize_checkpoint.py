@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from compress.codecs import Codec, CodecSpec, QuantizedMatrix, codec
 from compress.errors import ArtifactError, CompressError, ModelError, NumericsError, UsageError, WorkspaceError
 from compress.events import Event, Events
-from compress.formats.native import read_artifact
+from compress.formats.native import Artifact
 from compress.modeling.io import INDEX, WEIGHTS, Checkpoint, read_tensors
 from compress.modeling.loading import parameter_count, read_config
 from compress.modeling.writer import write_tensors
@@ -56,7 +56,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tokenizer.json").write_text('{"a": 1}')
     (folder / "extra").mkdir()
     (folder / "extra" / "notes.txt").write_text("notes")
-    (folder / "extra" / "old.bin").write_text("weights")
     return folder
 
 
@@ -69,7 +68,7 @@ def artifact(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_codes_are_those_of_each_matrix_alone(source: Path, artifact: Path) -> None:
     stored, found = load_file(source / WEIGHTS), load_file(artifact / WEIGHTS)
-    opened = read_artifact(artifact)
+    opened = Artifact(artifact)
     assert len(opened.modules) == 14
     for name, view in opened.modules.items():
         matrix = opened.matrix(name)
@@ -101,14 +100,13 @@ def test_report(source: Path, artifact: Path) -> None:
     assert set(row) == {"name", "shape", "codec", "bits_per_weight", "relative_error", "sqnr_db", "status"}
     assert (row["name"], row["codec"], row["status"]) == ("model.layers.0.self_attn.q_proj", "pyramid", "quantized")
     original = load_file(source / WEIGHTS)[f"{row['name']}.weight"].double()
-    decoded = read_artifact(artifact).matrix(row["name"]).dequantize().double()
+    decoded = Artifact(artifact).matrix(row["name"]).dequantize().double()
     assert row["relative_error"] == pytest.approx(float((original - decoded).norm() ** 2 / original.norm() ** 2))
 
 
-def test_everything_else_is_copied(artifact: Path) -> None:
+def test_what_belongs_to_the_model_is_copied(artifact: Path) -> None:
     assert (artifact / "tokenizer.json").read_text() == '{"a": 1}'
-    assert (artifact / "extra" / "notes.txt").read_text() == "notes"
-    assert not (artifact / "extra" / "old.bin").exists()
+    assert not (artifact / "extra").exists()
     assert "import compress" in (artifact / "README.md").read_text()
     config = read_config(artifact)
     assert config["quantization_config"]["quant_method"] == "compress"
@@ -137,6 +135,26 @@ def test_sharded_source_and_sharded_result_are_the_same_model(source: Path, arti
     whole, parts = Checkpoint(artifact), Checkpoint(tmp_path / "out")
     assert whole.names() == parts.names()
     assert all(torch.equal(whole.read(name), parts.read(name)) for name in whole.names())
+
+
+@pytest.mark.parametrize("place", ["out", "deep/er/out", "."])
+def test_results_inside_the_model_are_refused(source: Path, tmp_path: Path, place: str) -> None:
+    before = sorted(source.rglob("*"))
+    target = open_target(source)
+    widths = uniform(target.views, PYRAMID, 3.25)
+    with Workspace.open(tmp_path / "work", {}) as work, pytest.raises(UsageError, match="inside the model's folder"):
+        quantize_checkpoint(source, source / place, widths, PYRAMID, work, Events())
+    assert sorted(source.rglob("*")) == before
+
+
+def test_a_work_folder_inside_the_model_is_refused(tmp_path: Path) -> None:
+    inner = families.save(families.llama(num_hidden_layers=1), tmp_path / "m")
+    widths = uniform(open_target(inner).views, PYRAMID, 3.25)
+    with (
+        Workspace.open(inner / "work", {}) as work,
+        pytest.raises(UsageError, match=r"inside the model's folder .* another --work"),
+    ):
+        quantize_checkpoint(inner, tmp_path / "out", widths, PYRAMID, work, Events())
 
 
 @dataclass
@@ -223,7 +241,7 @@ def test_keys_without_and_with_the_base_prefix(tmp_path: Path, saved: str, loade
     quantize(tmp_path / "tiny", tmp_path / "out")
     prefix = "model." if loaded == "LlamaForCausalLM" else ""
     name = f"{prefix}layers.0.mlp.up_proj"
-    assert name in read_artifact(tmp_path / "out").modules
+    assert name in Artifact(tmp_path / "out").modules
     assert f"{name}.weight" in Checkpoint(tmp_path / "out").names()
 
 

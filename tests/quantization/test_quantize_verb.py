@@ -64,6 +64,10 @@ def test_refusals() -> None:
         compress.quantize(model, codec="piramid")
     with pytest.raises(UsageError, match="bits a weight"):
         compress.quantize(model, bits=0.5)
+    with pytest.raises(TypeError, match="positional"):
+        compress.quantize(model, 3.25)
+    with pytest.raises(TypeError, match="'group_size'"):
+        compress.quantize(model, group_size=16)
     assert not packed_modules(model)
     compress.quantize(model)
     with pytest.raises(ModelError, match="already quantized"):

@@ -21,7 +21,7 @@ from compress import ops
 from compress.codecs.base import CodecSpec, FieldLayout, QuantizedMatrix
 from compress.codecs.pyramid.encode import encode_rows
 from compress.codecs.pyramid.rows import initial_codes, row_scales
-from compress.codecs.pyramid.table import VERSION, Shape, shipped_tables
+from compress.codecs.pyramid.table import VERSION, Shape, shipped_tables, worthwhile
 from compress.codecs.registry import register_codec
 from compress.errors import ArtifactError, CodecError, NumericsError, UsageError
 
@@ -68,8 +68,8 @@ class PyramidCodec:
         return self.config.dim
 
     def widths(self, lowest: float = 0.0, highest: float = float("inf")) -> tuple[int, ...]:
-        table = shipped_tables()[VERSION, self.config.dim, self.config.max]
-        return tuple(sorted(width for width in table if lowest <= width / self.config.dim <= highest))
+        offered = worthwhile(shipped_tables()[VERSION, self.config.dim, self.config.max])
+        return tuple(width for width in offered if lowest <= width / self.config.dim <= highest)
 
     def spec(self, width: int) -> CodecSpec:
         widths = self.widths()
@@ -130,12 +130,6 @@ class PyramidCodec:
         levels = shape.level_tensor().to(codes.device)
         return y.view(rows, groups * spec.dim), scales.unsqueeze(-1) * levels[gain].view(rows, groups)
 
-    def containers(self, spec: CodecSpec) -> tuple[str, ...]:
-        if spec.dim < 16 or spec.dim & (spec.dim - 1):
-            return ()
-        widths = (4, 8) if shape_of(spec).limit <= 7 else (8,)
-        return tuple(f"onnx:MatMulNBits/{bits}/{spec.dim}" for bits in widths)
-
 
 def shape_of(spec: CodecSpec) -> Shape:
     """What `spec` means by its table. Raises `ArtifactError` for a table or width that this version does not have."""
@@ -163,10 +157,11 @@ def split_codes(codes: Tensor, gains: int) -> tuple[Tensor, Tensor]:
 
 
 def _refuse_not_finite(weight: Tensor) -> None:
+    if all(bool(torch.isfinite(chunk).all()) for chunk in weight.flatten().split(CHUNK_WEIGHTS)):
+        return
     bad = ~torch.isfinite(weight)
-    if bool(bad.any()):
-        row, column = (int(place) for place in bad.nonzero()[0])
-        raise NumericsError(
-            f"The weight at row {row}, column {column} is {float(weight[row, column])} in float32 "
-            f"({int(bad.sum())} of {weight.numel()} are not finite)."
-        )
+    row, column = (int(place) for place in bad.nonzero()[0])
+    raise NumericsError(
+        f"The weight at row {row}, column {column} is {float(weight[row, column])} in float32 "
+        f"({int(bad.sum())} of {weight.numel()} are not finite)."
+    )
