@@ -64,9 +64,9 @@ def compare(
     with events.stage("evaluate", len(subjects)):
         for index, subject in enumerate(subjects, 1):
             model = load_model(subject.model, device=device, trust_remote_code=trust_remote_code)
-            figures[subject.name] = _measure(subject, model, reference, asked, scratch)
+            figures[subject.name] = _measure(subject, model, reference, asked, scratch, trust_remote_code)
             if asked.samples and index == len(subjects):
-                tokenizer = load_tokenizer(subject.model)
+                tokenizer = load_tokenizer(subject.model, trust_remote_code)
                 figures[subject.name]["samples"] = write_samples(model, tokenizer, asked.data, asked.samples)
             shown = {k: v for k, v in figures[subject.name].items() if k in ("perplexity", "kl_divergence", "cosine")}
             events.emit(
@@ -87,25 +87,26 @@ def _measure(
     reference: PreTrainedModel | None,
     asked: EvaluateRecipe,
     scratch: Path,
+    trust_remote_code: bool,
 ) -> dict[str, Any]:
     folder = resolve_model(subject.model)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
     figures: dict[str, Any] = asdict(model_size(folder, trust_remote_code))
     figures |= evaluate(
         model, data=asked.data, reference=reference, context=asked.context, limit=asked.limit, tokenizer=tokenizer
     )
     if asked.tokens_per_second:
-        figures |= _speeds(subject, model, scratch)
+        figures |= _speeds(subject, model, scratch, trust_remote_code)
     return figures
 
 
-def _speeds(subject: Subject, model: PreTrainedModel, scratch: Path) -> dict[str, Any]:
+def _speeds(subject: Subject, model: PreTrainedModel, scratch: Path, trust_remote_code: bool) -> dict[str, Any]:
     """Decoded tokens a second, batch 1: in torch and in ONNX Runtime, both with torch's number of threads."""
     in_torch = tokens_per_second(model)
     folder = subject.onnx
     if folder is None:
         shutil.rmtree(scratch, ignore_errors=True)
-        export_onnx(load_model(subject.model), scratch)
+        export_onnx(load_model(subject.model, trust_remote_code=trust_remote_code), scratch)
         folder = scratch
     in_ort = tokens_per_second(OnnxDecoder(folder))
     if subject.onnx is None:
