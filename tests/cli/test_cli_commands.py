@@ -7,6 +7,7 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +191,9 @@ def test_an_interrupted_training_leaves_a_work_folder_to_go_on_from(inside: Path
              "--out", "d"]  # fmt: skip
     seen = []
     command = [sys.executable, "-m", "compress.cli.main", *words]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    # a job in the background is started with SIGINT ignored, and its children with it
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listen) as process:
         assert process.stderr is not None
         for line in process.stderr:
             seen.append(line)
