@@ -19,7 +19,7 @@ pytestmark = pytest.mark.tiny
 
 def test_from_a_teacher_to_a_quantized_student_in_onnx_runtime(tmp_path: Path) -> None:
     text = write_text(tmp_path)
-    teacher = write_llama(tmp_path / "teacher", text, hidden=64, layers=2, seed=1)
+    teacher = write_llama(tmp_path / "teacher", text, hidden=64, seed=1)
     student = write_llama(tmp_path / "student", text, seed=2)
     recipe = make_recipe(
         {

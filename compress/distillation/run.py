@@ -7,7 +7,6 @@ The exception is a training that a clock ends (`max_seconds`): how far it comes 
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -197,16 +196,13 @@ def _trainer(
 
 
 def _publish(student: Student, record: dict[str, Any], recipe: DistillRecipe, out: Path, workspace: Workspace) -> None:
-    """Write the student as a model folder, in its own dtype, and let it appear at `out`."""
+    """Write the student as a model folder, in its own dtype, and let it appear at `out`; the pipeline removes what a
+    failure leaves beside it."""
     student.model.to(dtype=student.dtype)  # type: ignore[call-arg]
     staged = stage_beside(out)
     with disk_errors(out):
-        try:
-            student.model.save_pretrained(staged)
-            student.tokenizer.save_pretrained(staged)
-            write_card(staged / "README.md", student.model, recipe, record)
-            seal(staged)
-            workspace.publish("distill", staged, out, record)
-        except BaseException:
-            shutil.rmtree(staged, ignore_errors=True)
-            raise
+        student.model.save_pretrained(staged)
+        student.tokenizer.save_pretrained(staged)
+        write_card(staged / "README.md", student.model, recipe, record)
+        seal(staged)
+        workspace.publish("distill", staged, out, record)
