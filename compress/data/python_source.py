@@ -86,7 +86,13 @@ class InstalledPackages:
                 )
             self.roots[name] = Path(found.submodule_search_locations[0])
             distributions = importlib.metadata.packages_distributions().get(name, [name])
-            versions.append(f"{name} {importlib.metadata.version(distributions[0])}")
+            try:
+                versions.append(f"{name} {importlib.metadata.version(distributions[0])}")
+            except importlib.metadata.PackageNotFoundError:
+                raise DataError(
+                    f"'{name}' of '{self.spec}' is no installed distribution: it has no version to report.",
+                    remedy="Name installed packages; the standard library is builtin:python/train.",
+                ) from None
         self.origin = ", ".join(versions)
 
     def documents(self) -> Iterator[Document]:

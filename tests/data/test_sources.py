@@ -115,6 +115,7 @@ def test_numbers_are_names_where_the_header_has_them(tmp_path: Path) -> None:
         ("json:{here}/good.json#x", "Record 0 .* has no field 'x' .it has: q"),
         ("csv:{here}/good.csv#x", "no column 'x' .its first row is: a, b"),
         ("csv:{here}/good.csv#0,2", "Row 0 of .* has 2 columns, none with number 2"),
+        ("packages:json", "'json' .* is no installed distribution"),
         ("packages:no_such_package", "'no_such_package' .* is not installed"),
     ],
 )
