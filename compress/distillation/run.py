@@ -27,7 +27,6 @@ from compress.distillation.trainer import DistillTrainer
 from compress.errors import NumericsError, RecipeError
 from compress.modeling.loading import (
     check_tokenizers,
-    check_vocabularies,
     config_from_file,
     load_config,
     load_model,
@@ -134,7 +133,6 @@ def _teacher(recipe: DistillRecipe, student: Student, device: str, trust_remote_
     if name is None:
         return None
     model = load_model(name, device=device, expect="causal", trust_remote_code=trust_remote_code)
-    check_vocabularies(student.name, student.model, name, model)
     check_tokenizers(student.name, student.tokenizer, name, load_tokenizer(name, trust_remote_code))
     _check_finite(model, f"of the teacher '{name}'", DAMAGED)
     return model

@@ -64,10 +64,8 @@ def compare(
     with events.stage("evaluate", len(subjects)):
         for index, subject in enumerate(subjects, 1):
             model = load_model(subject.model, device=device, trust_remote_code=trust_remote_code)
-            figures[subject.name] = _measure(subject, model, reference, asked, scratch, trust_remote_code)
-            if asked.samples and index == len(subjects):
-                tokenizer = load_tokenizer(subject.model, trust_remote_code)
-                figures[subject.name]["samples"] = write_samples(model, tokenizer, asked.data, asked.samples)
+            samples = asked.samples if index == len(subjects) else 0
+            figures[subject.name] = _measure(subject, model, reference, asked, scratch, trust_remote_code, samples)
             shown = {k: v for k, v in figures[subject.name].items() if k in ("perplexity", "kl_divergence", "cosine")}
             events.emit(
                 "step",
@@ -88,6 +86,7 @@ def _measure(
     asked: EvaluateRecipe,
     scratch: Path,
     trust_remote_code: bool,
+    samples: int,
 ) -> dict[str, Any]:
     folder = resolve_model(subject.model)
     tokenizer = load_tokenizer(folder, trust_remote_code)
@@ -97,6 +96,8 @@ def _measure(
     )
     if asked.tokens_per_second:
         figures |= _speeds(subject, model, scratch, trust_remote_code)
+    if samples:
+        figures["samples"] = write_samples(model, tokenizer, asked.data, samples)
     return figures
 
 
