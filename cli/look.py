@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -84,10 +85,28 @@ def _codecs() -> list[str]:
     return codec_names()
 
 
-def _losses() -> list[str]:
-    from compress.losses import loss_names, loss_options
+def _first_sentence(text: str) -> str:
+    """The first paragraph of a docstring, with the equation that it leads to."""
+    found = ""
+    for paragraph in text.split("\n\n"):
+        found = f"{found} {' '.join(paragraph.split())}".strip()
+        if found.endswith("."):
+            break
+    return found
 
-    return [f"{name}:{','.join(['weight', *loss_options(name)])}" for name in loss_names()]
+
+def _losses() -> list[dict[str, Any]]:
+    from compress.losses import loss_class, loss_names, loss_options
+
+    return [
+        {
+            "name": name,
+            "options": loss_options(name),
+            "needs": [str(need.name).lower() for need in loss_class(name).needs],
+            "is": _first_sentence(str(loss_class(name).__doc__)),
+        }
+        for name in loss_names()
+    ]
 
 
 def _data() -> list[str]:
@@ -109,7 +128,7 @@ def _recipes() -> list[str]:
     return list(packaged_recipes())
 
 
-LISTS: Mapping[str, Callable[[], list[str]]] = {
+LISTS: Mapping[str, Callable[[], list[Any]]] = {
     "codecs": _codecs,
     "losses": _losses,
     "data": _data,
@@ -124,5 +143,7 @@ LISTS: Mapping[str, Callable[[], list[str]]] = {
 @verbose_option
 def list_(what: str, as_json: bool, verbose: bool) -> None:
     """What there is to choose from."""
+    from .tables import entry_text
+
     entries = LISTS[what]()
-    click.echo(json.dumps(entries) if as_json else "\n".join(entries))
+    click.echo(json.dumps(entries) if as_json else "\n".join(map(entry_text, entries)))

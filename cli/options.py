@@ -91,6 +91,7 @@ distill_options = stack(
     shown("--optimizer", "adamw", "How to step.", click.Choice(["adamw", "muon"])),
     shown("--precision", "fp32", "Of the forward pass.", click.Choice(["fp32", "bf16"])),
     click.option("--compile", is_flag=True, default=None, help="Compile the student with torch.compile."),
+    click.option("--fused", is_flag=True, default=None, help="Never hold the logits: for large vocabularies."),
     shown("--save-every", 100, "Steps between checkpoints.", int),
     shown("--log-every", 10, "Steps between log lines.", int),
     click.option("--max-seconds", type=float, default=None, help="End after this time, whatever the steps."),

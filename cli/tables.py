@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,23 @@ def cell(value: Any) -> str:
     if isinstance(value, (list, tuple)) and all(isinstance(entry, int) for entry in value):
         return " x ".join(str(entry) for entry in value)
     return str(value)
+
+
+def entry_text(entry: str | Mapping[str, Any]) -> str:
+    """An entry of a list: its name alone, or a loss as it is written on the command line, with what it is below."""
+    if isinstance(entry, str):
+        return entry
+    options = ",".join(f"{name}={option_text(value)}" for name, value in entry["options"].items())
+    needs = f"  (reads: {', '.join(entry['needs'])})" if entry["needs"] else ""
+    head = f"{entry['name']}{':' if options else ''}{options}"
+    return "\n".join([head, *textwrap.wrap(entry["is"] + needs, 112, initial_indent="    ", subsequent_indent="    ")])
+
+
+def option_text(value: Any) -> str:
+    """A value as it is written in NAME:key=value."""
+    if value is None:
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def size(count: int) -> str:

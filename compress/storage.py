@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 from safetensors import SafetensorError
 
 import compress
-from compress.errors import UsageError, WorkspaceError
+from compress.errors import ArtifactError, UsageError, WorkspaceError
 
 FORMAT_VERSION = 1
 ARTIFACT_MARK = "compress.json"
@@ -132,6 +132,26 @@ def seal(folder: Path) -> None:
     entries = {path.relative_to(folder).as_posix(): file_entry(path) for path in files}
     producer = f"compress {compress.__version__}"
     write_json(folder / ARTIFACT_MARK, {"format_version": FORMAT_VERSION, "producer": producer, "files": entries})
+
+
+def verify_seal(folder: Path) -> int:
+    """Compare every file that `compress.json` lists with what was sealed; returns how many there are.
+
+    Raises `ArtifactError` that names the first file which is missing or changed, or the list itself.
+    """
+    path = folder / ARTIFACT_MARK
+    try:
+        files = json.loads(path.read_bytes())["files"]
+        expected = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"'{path}' is damaged: {error!r}.", remedy="Copy the folder again.") from error
+    for name, (size, digest) in expected.items():
+        file = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts or not file.is_file():
+            raise ArtifactError(f"'{file}' is listed in {ARTIFACT_MARK} and missing.", remedy="Copy the folder again.")
+        if file.stat().st_size != size or file_sha256(file) != digest:
+            raise ArtifactError(f"'{file}' is not what was written: its sha256 differs.", remedy="Copy it again.")
+    return len(expected)
 
 
 def file_entry(path: Path) -> dict[str, Json]:

@@ -6,14 +6,9 @@
 #include <cstdint>
 #include <vector>
 
+#include "api.h"
 #include "bits.cuh"
 #include "pyramid.cuh"
-
-#if defined(_WIN32)
-#define COMPRESS_API extern "C" __declspec(dllexport)
-#else
-#define COMPRESS_API extern "C" __attribute__((visibility("default")))
-#endif
 
 namespace {
 
@@ -29,7 +24,7 @@ void encode_all(const float* x, const float* scale, const float* levels, const f
 
 }  // namespace
 
-COMPRESS_API int compress_interface() { return 1; }
+COMPRESS_API int compress_interface() { return 2; }
 
 COMPRESS_API int64_t compress_pyramid_encode(const float* x, const float* scale, const float* levels, int64_t groups,
                                              int dim, int level_count, int pulses, int limit, int8_t* y, int64_t* gain,

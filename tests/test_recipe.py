@@ -228,3 +228,10 @@ def test_packaged_recipes_are_valid(name: str) -> None:
 def test_a_packaged_recipe_is_suggested() -> None:
     with pytest.raises(RecipeError, match=r"Did you mean 'demo'\?"):
         load_recipe("demoo")
+
+
+def test_options_are_read_as_they_are_written() -> None:
+    text = "name:count=3,rate=0.5,on=true,off=false,limit=none,kind=hard"
+    method = Method.model_validate(text)
+    assert method.options == {"count": 3, "rate": 0.5, "on": True, "off": False, "limit": None, "kind": "hard"}
+    assert str(method) == text

@@ -7,12 +7,11 @@ left behind is never read.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
-from compress.errors import WorkspaceError
-from compress.storage import ARTIFACT_MARK, file_sha256, seal, sync_folder, sync_tree
+from compress.errors import ArtifactError, WorkspaceError
+from compress.storage import seal, sync_folder, sync_tree, verify_seal
 
 PREFIX = "checkpoint-"
 
@@ -30,13 +29,9 @@ def put_in_place(staged: Path, final: Path) -> None:
 def verifies(checkpoint: Path) -> bool:
     """Whether the checkpoint holds the files of its list, unchanged."""
     try:
-        files = json.loads((checkpoint / ARTIFACT_MARK).read_text(encoding="utf-8"))["files"]
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
+        return verify_seal(checkpoint) > 0
+    except ArtifactError:
         return False
-    return all(
-        (checkpoint / name).is_file() and file_sha256(checkpoint / name) == entry["sha256"]
-        for name, entry in files.items()
-    )
 
 
 def step_of(checkpoint: Path) -> int:

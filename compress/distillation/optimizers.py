@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
+from transformers import PreTrainedModel
 
 OptimizerName = Literal["adamw", "muon"]
 BETAS = (0.9, 0.95)
@@ -47,18 +48,24 @@ class Combined(Optimizer):
         self.param_groups = [group for part in self.parts.values() for group in part.param_groups]
 
 
-def _is_inner_matrix(name: str, parameter: nn.Parameter, embeddings: set[int]) -> bool:
-    return parameter.ndim == 2 and id(parameter) not in embeddings
-
-
-def make_optimizer(name: OptimizerName, model: nn.Module, learning_rate: float, weight_decay: float) -> Optimizer:
-    """The optimizer `name` over the trainable parameters of `model`. Vectors (norms, biases) get no weight decay."""
+def make_optimizer(
+    name: OptimizerName,
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    others: Iterable[nn.Parameter] = (),
+) -> Optimizer:
+    """The optimizer `name` over the trainable parameters of `model`, and AdamW without weight decay over `others` (what
+    losses own). Vectors (norms, biases) get no weight decay."""
     trainable = [(key, parameter) for key, parameter in model.named_parameters() if parameter.requires_grad]
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    matrices = [p for key, p in trainable if name == "muon" and _is_inner_matrix(key, p, embeddings)]
+    outer = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    if isinstance(model, PreTrainedModel) and isinstance(model.get_output_embeddings(), nn.Linear):
+        outer.add(id(model.get_output_embeddings().weight))
+    matrices = [p for _, p in trainable if name == "muon" and p.ndim == 2 and id(p) not in outer]
     taken = {id(p) for p in matrices}
     rest = [p for _, p in trainable if id(p) not in taken]
-    adamw = AdamW(_decay_groups(rest, weight_decay), lr=learning_rate, betas=BETAS)
+    groups = [*_decay_groups(rest, weight_decay), {"params": list(others), "weight_decay": 0.0}]
+    adamw = AdamW([group for group in groups if group["params"]], lr=learning_rate, betas=BETAS)
     if not matrices:
         return adamw
     muon = Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
@@ -67,8 +74,7 @@ def make_optimizer(name: OptimizerName, model: nn.Module, learning_rate: float, 
 
 def _decay_groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     all_of = list(parameters)
-    groups = [
+    return [
         {"params": [p for p in all_of if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in all_of if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return [group for group in groups if group["params"]]

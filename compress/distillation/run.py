@@ -20,12 +20,13 @@ from compress.data.tokenizer import train_byte_bpe
 from compress.distillation.callbacks import DIVERGED, Clock, Reporter
 from compress.distillation.card import write_card
 from compress.distillation.checkpoints import last_verified
-from compress.distillation.objective import make_term
+from compress.distillation.objective import make_term, setting_of
 from compress.distillation.optimizers import make_optimizer
 from compress.distillation.schedules import make_schedule
 from compress.distillation.trainer import DistillTrainer
 from compress.errors import NumericsError, RecipeError
 from compress.modeling.loading import (
+    check_room,
     check_tokenizers,
     config_from_file,
     load_config,
@@ -79,7 +80,9 @@ def distill_stage(
     rows, _ = tokenize(source, subject.tokenizer).rows(recipe.context)
     clock = Clock(workspace)
     use_cache = subject.model.config.use_cache  # the trainer switches it off
-    trainer = _trainer(recipe, subject.model, teacher, rows, workspace, clock, seed, device)
+    if teacher is not None:
+        _note_padding(subject.model, teacher, workspace)
+    trainer = _trainer(recipe, subject, teacher, rows, workspace, clock, seed, device)
     resumed = last_verified(trainer.folder)
     if resumed is not None:
         workspace.events.emit("note", text=f"taking up the training at {resumed.name}")
@@ -134,8 +137,18 @@ def _teacher(recipe: DistillRecipe, student: Student, device: str, trust_remote_
         return None
     model = load_model(name, device=device, expect="causal", trust_remote_code=trust_remote_code)
     check_tokenizers(student.name, student.tokenizer, name, load_tokenizer(name, trust_remote_code))
+    check_room(student.tokenizer, student=student.model, teacher=model)
     _check_finite(model, f"of the teacher '{name}'", DAMAGED)
     return model
+
+
+def _note_padding(student: PreTrainedModel, teacher: PreTrainedModel, workspace: Workspace) -> None:
+    widths = [model.config.get_text_config().vocab_size for model in (student, teacher)]
+    if widths[0] != widths[1]:
+        text = (
+            f"the student has {widths[0]:,} outputs, the teacher {widths[1]:,}: the first {min(widths):,} are compared"
+        )
+        workspace.events.emit("note", text=text)
 
 
 def _check_finite(model: PreTrainedModel, which: str, remedy: str) -> None:
@@ -147,7 +160,7 @@ def _check_finite(model: PreTrainedModel, which: str, remedy: str) -> None:
 
 def _trainer(
     recipe: DistillRecipe,
-    model: PreTrainedModel,
+    student: Student,
     teacher: PreTrainedModel | None,
     rows: torch.Tensor,
     workspace: Workspace,
@@ -155,9 +168,16 @@ def _trainer(
     seed: int,
     device: str,
 ) -> DistillTrainer:
-    terms = [make_term(spec.name, dict(spec.options), has_teacher=teacher is not None) for spec in recipe.losses]
+    model = student.model
+    setting = setting_of(
+        model.config,
+        None if teacher is None else teacher.config,
+        pieces=lambda ids: [str(student.tokenizer.decode([token])) for token in ids],
+    )
+    terms = [make_term(spec.name, spec.options, setting, has_teacher=teacher is not None) for spec in recipe.losses]
+    owned = [parameter for term in terms for parameter in term.loss.parameters()]
     reporter = Reporter(workspace.events, recipe.steps, recipe.max_seconds)
-    optimizer = make_optimizer(recipe.optimizer, model, recipe.learning_rate, recipe.weight_decay)
+    optimizer = make_optimizer(recipe.optimizer, model, recipe.learning_rate, recipe.weight_decay, owned)
     schedule = make_schedule(optimizer, recipe.schedule, recipe.steps, recipe.warmup_steps, reporter.elapsed_part)
     args = TrainingArguments(
         output_dir=str(workspace.path("training", "checkpoint").parent),
@@ -168,6 +188,7 @@ def _trainer(
         bf16=recipe.precision == "bf16",
         use_cpu=device == "cpu",
         torch_compile=recipe.compile,
+        logging_first_step=True,
         logging_steps=recipe.log_every,
         save_steps=recipe.save_every,
         save_strategy="no" if recipe.max_seconds is not None else "steps",
@@ -185,6 +206,7 @@ def _trainer(
         args,
         terms=terms,
         teacher=teacher,
+        fused=recipe.fused,
         train_dataset=SampledRows(rows, count, seed),
         optimizers=(optimizer, schedule),
         callbacks=[reporter, clock],

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from compress.errors import NumericsError
-from compress.losses import kl_terms
+from compress.losses import KL
 
 POSITIONS = 2048
 """Positions whose logits are compared at once: bounds the memory of the comparison, whatever the vocabulary."""
@@ -52,11 +52,11 @@ def _window_nll(logits: Tensor, ids: Tensor) -> list[float]:
 
 def _window_kl(logits: Tensor, reference: Tensor) -> list[float]:
     """Summed KL(reference || model) of each window."""
-    _, positions, classes = logits.shape
-    rows = max(1, POSITIONS // positions)
+    rows = max(1, POSITIONS // logits.shape[1])
+    divergence = KL(reduction="none")
     totals: list[float] = []
     for student, teacher in zip(logits[:, :-1].split(rows), reference[:, :-1].split(rows), strict=True):
-        values, _ = kl_terms(student.reshape(-1, classes), teacher.reshape(-1, classes))
+        values = divergence(student, teacher)
         totals += values.double().view(len(student), -1).sum(1).tolist()
     return totals
 

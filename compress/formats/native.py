@@ -33,7 +33,7 @@ from compress.modeling.names import stored_names
 from compress.modeling.resolve import model_name
 from compress.modeling.structure import MatrixView, matrices
 from compress.modeling.writer import ShardWriter
-from compress.storage import ARTIFACT_MARK, file_sha256, seal, write_json
+from compress.storage import ARTIFACT_MARK, seal, verify_seal, write_json
 
 REPORT = "report.json"
 CARD = "README.md"
@@ -96,23 +96,4 @@ class Artifact:
     def verify(self) -> int:
         """Compare every file with `compress.json`; returns how many. Raises `ArtifactError` naming the first that is
         missing or changed. 0 when there is no such file, as after `save_pretrained`."""
-        path = self.folder / ARTIFACT_MARK
-        if not path.is_file():
-            return 0
-        try:
-            files = json.loads(path.read_bytes())["files"]
-            expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ArtifactError(f"'{path}' is damaged: {error!r}.", remedy="Copy the artifact again.") from error
-        for name, (size, digest) in expected.items():
-            self._verify_file(name, size, digest)
-        return len(expected)
-
-    def _verify_file(self, name: str, size: int, digest: str) -> None:
-        path = self.folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts or not path.is_file():
-            raise ArtifactError(
-                f"'{path}' is listed in {ARTIFACT_MARK} and missing.", remedy="Copy the artifact again."
-            )
-        if path.stat().st_size != size or file_sha256(path) != digest:
-            raise ArtifactError(f"'{path}' is not what was written: its sha256 differs.", remedy="Copy it again.")
+        return verify_seal(self.folder) if (self.folder / ARTIFACT_MARK).is_file() else 0

@@ -213,6 +213,17 @@ def check_vocabularies(first_name: str, first: PreTrainedModel, second_name: str
         )
 
 
+def check_room(tokenizer: PreTrainedTokenizerBase, **models: PreTrainedModel) -> None:
+    """Raise `ModelError` unless each of the models has an output for every token. More than that is padding."""
+    for name, model in models.items():
+        width = model.config.get_text_config().vocab_size
+        if width < len(tokenizer):
+            raise ModelError(
+                f"The {name} has {width} outputs, its tokenizer {len(tokenizer)} tokens.",
+                remedy="Take the tokenizer that belongs to it, or resize its embeddings (resize_token_embeddings).",
+            )
+
+
 def check_tokenizers(
     first_name: str, first: PreTrainedTokenizerBase, second_name: str, second: PreTrainedTokenizerBase
 ) -> None:

@@ -4,6 +4,7 @@
 """
 
 from compress.ops import reference
+from compress.ops.divergences import divergence_rows, native_divergences
 from compress.ops.library import (
     backend,
     pack_bits,
@@ -17,6 +18,8 @@ from compress.ops.tables import codebook_size
 __all__ = [
     "backend",
     "codebook_size",
+    "divergence_rows",
+    "native_divergences",
     "pack_bits",
     "pyramid_encode",
     "pyramid_rank",

@@ -1,14 +1,15 @@
 """The compiled CPU backend: a plain C library called through ctypes.
 
 A C interface rather than a Python extension: one build serves every Python version, needs no Python headers, and
-costs a tenth of a second to compile. `cuda/host.cpp` is its source. Without the library everything works, slower, on
-the torch reference; a library of another version is an error rather than a silent fallback.
+compiles in seconds. `cuda/host.cpp` and `cuda/divergence_rows.cpp` are its source. Without the library everything
+works, slower, on the torch reference; a library of another version is an error rather than a silent fallback.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
+import math
 from pathlib import Path
 
 import torch
@@ -18,17 +19,34 @@ from compress.errors import CodecError, CompressError
 from compress.ops.reference import packed_bytes
 from compress.ops.tables import codebook_size, count_table
 
-INTERFACE = 1
+INTERFACE = 2
 """Version of the C interface; `compress_interface()` of the library must return it."""
 
-POINTER, INT64, INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+POINTER, INT64, INT, DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
 SIGNATURES: dict[str, list[type]] = {
     "compress_pyramid_encode": [POINTER, POINTER, POINTER, INT64, INT, INT, INT, INT, POINTER, POINTER, INT],
     "compress_pyramid_rank": [POINTER, POINTER, INT64, INT, INT, INT, POINTER, INT],
     "compress_pyramid_unrank": [POINTER, POINTER, INT64, INT, INT, POINTER, INT],
     "compress_pack_bits": [POINTER, INT64, INT, POINTER, INT],
     "compress_unpack_bits": [POINTER, INT64, INT, POINTER, INT],
+    "compress_divergence_rows": [
+        *(POINTER, POINTER, INT64, INT64, INT, DOUBLE, DOUBLE, DOUBLE, POINTER, POINTER, INT, INT)
+    ],
 }
+
+DIVERGENCES = {
+    "kl": 0,
+    "reverse_kl": 0,
+    "symmetric_kl": 1,
+    "skew_kl": 1,
+    "reverse_skew_kl": 1,
+    "jensen_shannon": 1,
+    "total_variation": 0,
+}
+"""The divergences of `divergence_rows` and how many options each takes; in the order of cuda/divergence_rows.h."""
+
+INSTRUCTIONS = ("base", "avx2", "avx512")
+"""The instruction sets that a library can hold loops for; base is what every processor of the platform has."""
 
 
 def find_library() -> Path | None:
@@ -54,8 +72,12 @@ class NativeLibrary:
         self.functions = {name: library[name] for name in SIGNATURES}
         for name, function in self.functions.items():
             function.argtypes, function.restype = SIGNATURES[name], INT64
+        best = library.compress_instructions
+        best.restype = INT
+        self.instructions = INSTRUCTIONS[: best() + 1]
+        """The instruction sets that can be used here, the last of them unless another one is asked for."""
 
-    def _call(self, name: str, *arguments: Tensor | int) -> int:
+    def _call(self, name: str, *arguments: Tensor | float | None) -> int:
         values = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
         return int(self.functions[name](*values, torch.get_num_threads()))
 
@@ -98,3 +120,57 @@ class NativeLibrary:
         out = torch.empty(count, dtype=torch.int64)
         self._call("compress_unpack_bits", packed, count, width, out)
         return out
+
+    def divergence_rows(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        kind: str,
+        options: tuple[float, ...] = (),
+        *,
+        temperature: float = 1.0,
+        scale: float = 1.0,
+        gradient: Tensor | None = None,
+        instructions: str | None = None,
+    ) -> Tensor:
+        """See `compress.ops.divergence_rows`. `instructions` asks for a set of `self.instructions`."""
+        _check_divergence(kind, options, temperature)
+        _check_rows(student, teacher, gradient)
+        chosen = instructions or self.instructions[-1]
+        if chosen not in self.instructions:
+            raise CompressError(f"No loops for '{chosen}' here.", remedy=f"Use one of {', '.join(self.instructions)}.")
+        values = torch.empty(len(student), dtype=torch.float32)
+        number, option = list(DIVERGENCES).index(kind), options[0] if options else 0.0
+        sizes, level = student.shape, INSTRUCTIONS.index(chosen)
+        if self._call(
+            "compress_divergence_rows",
+            *(student, teacher, *sizes, number, option, temperature, scale, values, gradient, level),
+        ):
+            raise CompressError(
+                f"Not enough memory for two rows of {sizes[1]} floats a thread.", remedy="Use fewer threads."
+            )
+        return values
+
+
+def _check_divergence(kind: str, options: tuple[float, ...], temperature: float) -> None:
+    if kind not in DIVERGENCES:
+        raise CompressError(f"There are no loops for '{kind}'.", remedy=f"Use one of {', '.join(DIVERGENCES)}.")
+    if len(options) != DIVERGENCES[kind] or not all(0 < option < 1 for option in options):
+        wanted = "one option between 0 and 1" if DIVERGENCES[kind] else "no options"
+        raise CompressError(f"The divergence '{kind}' takes {wanted}, not {options}.")
+    if not 0 < temperature < math.inf:
+        raise CompressError(f"temperature is {temperature}.", remedy="Give a positive number.")
+
+
+def _check_rows(student: Tensor, teacher: Tensor, gradient: Tensor | None) -> None:
+    for name, tensor in (("student", student), ("teacher", teacher), ("gradient", gradient)):
+        if tensor is None:
+            continue
+        if tensor.ndim != 2 or tensor.shape != student.shape or tensor.shape[1] == 0:
+            shapes = f"{name} is {list(tensor.shape)}, student {list(student.shape)}"
+            raise CompressError(f"{shapes}; both must be [n, V] with at least one class.")
+        if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
+            raise CompressError(
+                f"{name} is {tensor.dtype} on {tensor.device} with strides {tensor.stride()}.",
+                remedy="Give contiguous float32 tensors on the CPU.",
+            )

@@ -11,6 +11,7 @@ from compress.evaluation.ort import require_packages
 from compress.hardware import require_device
 from compress.modeling.loading import (
     TOKENIZERS,
+    check_room,
     check_tokenizers,
     check_vocabularies,
     load_tokenizer,
@@ -21,6 +22,8 @@ from compress.modeling.resolve import resolve_model
 from compress.plan.subject import Subject
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from compress.recipe import DistillRecipe, EvaluateRecipe, Recipe
 
 ONNX = ("onnx", "onnxscript", "onnxruntime")
@@ -53,8 +56,11 @@ def check_distillation(part: DistillRecipe, student: Subject, teacher: Subject |
     named = part.student.tokenizer if part.student is not None else None
     folder = resolve_model(named) if named is not None else student.folder
     if teacher is not None:
-        check_vocabularies(student.name, student.model, teacher.name, teacher.model)
-        _check_tokenizers(named or student.name, folder, teacher, trust_remote_code)
+        tokenizer = _check_tokenizers(named or student.name, folder, teacher, trust_remote_code)
+        if tokenizer is None:
+            check_vocabularies(student.name, student.model, teacher.name, teacher.model)
+        else:
+            check_room(tokenizer, student=student.model, teacher=teacher.model)
 
 
 def check_evaluation(
@@ -107,10 +113,14 @@ def _check_pair(name: str, one: Subject, reference: Subject, trust_remote_code: 
     _check_tokenizers(name, one.folder, reference, trust_remote_code)
 
 
-def _check_tokenizers(name: str, folder: Path | None, other: Subject, trust_remote_code: bool) -> None:
-    """Compare the tokenizers of two models, as far as they have one in their folder."""
+def _check_tokenizers(
+    name: str, folder: Path | None, other: Subject, trust_remote_code: bool
+) -> PreTrainedTokenizerBase | None:
+    """Compare the tokenizers of two models and return the first; None unless both have one in their folder."""
     if folder is None or other.folder is None:
-        return
-    if all(any((place / file).is_file() for file in TOKENIZERS) for place in (folder, other.folder)):
-        first, second = (load_tokenizer(place, trust_remote_code) for place in (folder, other.folder))
-        check_tokenizers(name, first, other.name, second)
+        return None
+    if not all(any((place / file).is_file() for file in TOKENIZERS) for place in (folder, other.folder)):
+        return None
+    first, second = (load_tokenizer(place, trust_remote_code) for place in (folder, other.folder))
+    check_tokenizers(name, first, other.name, second)
+    return first

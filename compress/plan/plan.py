@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from compress.data import fingerprint, text_source
-from compress.distillation.objective import make_term
+from compress.distillation.objective import Objective, make_term, setting_of
+from compress.losses.fused.plan import CPU_BYTES
 from compress.ops import backend
 from compress.plan.checks import check_machine, check_models
 from compress.plan.places import Places, places_of
@@ -124,8 +125,12 @@ def _stages(
 def _distill(
     part: DistillRecipe, source: str | None, subject: Subject, teacher: Subject | None, out: str | None
 ) -> StagePlan:
-    for loss in part.losses:
-        make_term(loss.name, dict(loss.options), has_teacher=part.teacher is not None)
+    other = None if teacher is None else teacher.model.config
+    setting = setting_of(subject.model.config, other, pieces=lambda ids: [""] * len(ids))
+    terms = [make_term(one.name, one.options, setting, has_teacher=part.teacher is not None) for one in part.losses]
+    objective = Objective(terms)
+    if part.fused:
+        objective.by_position()
     tokens = part.steps * part.batch_size * part.gradient_accumulation * part.context
     against = f"against {part.teacher}" if part.teacher is not None else "on labels alone"
     losses = " + ".join(str(loss) for loss in part.losses)
@@ -138,6 +143,8 @@ def _distill(
     positions = part.batch_size * part.context
     activations = positions * config.num_hidden_layers * config.hidden_size * BYTES_PER_ACTIVATION
     logits = positions * config.vocab_size * 4 * 4
+    if part.fused:
+        logits = min(logits, 2 * CPU_BYTES)
     of_teacher = 0 if teacher is None else teacher.parameters * 4
     memory = subject.parameters * BYTES_PER_TRAINED_PARAMETER + of_teacher + activations + logits
     return StagePlan("distill", source, out, text, memory, notes)

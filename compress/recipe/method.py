@@ -7,21 +7,25 @@ Which names and options exist is known to the registry of each kind of method, n
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-Option = bool | int | float | str
+Option = bool | int | float | str | None
 
 PATTERN = r"^[A-Za-z_]\w*(:\w+=[^,=]+(,\w+=[^,=]+)*)?$"
 
 
+SPELLED: Mapping[str, Option] = {"true": True, "false": False, "none": None}
+
+
 def parse_option(text: str) -> Option:
-    """`true` and `false`, an integer, a number, or else the text itself."""
-    if text in ("true", "false"):
-        return text == "true"
+    """`true` and `false`, `none`, an integer, a number, or else the text itself."""
+    if text in SPELLED:
+        return SPELLED[text]
     for number in (int, float):
         try:
             return number(text)
@@ -58,7 +62,9 @@ class Method(BaseModel):
         return {"anyOf": [{"type": "string", "pattern": PATTERN}, dict(mapping)]}
 
     def __str__(self) -> str:
+        spelled = {value: text for text, value in SPELLED.items()}
         options = ",".join(
-            f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in self.options.items()
+            f"{key}={spelled[value] if isinstance(value, bool | None) else value}"
+            for key, value in self.options.items()
         )
         return f"{self.name}:{options}" if options else self.name

@@ -57,6 +57,7 @@ class DistillRecipe(Part):
     optimizer: Literal["adamw", "muon"] = "adamw"
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the forward pass; weights are float32")
     compile: bool = Field(False, description="compile the student with torch.compile")
+    fused: bool = Field(False, description="compute the losses from hidden states, without ever holding the logits")
     save_every: Count = Field(100, description="steps between checkpoints")
     log_every: Count = Field(10, description="steps between log lines")
     max_seconds: float | None = Field(

@@ -112,9 +112,9 @@ def strange(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = models / "text.txt"
     AutoTokenizer.from_pretrained(models / "student").save_pretrained(folder / "encoder")
     save(bert(vocab_size=300), folder / "encoder")
-    wide = AutoModelForCausalLM.from_pretrained(write_llama(folder / "wide", text))
-    wide.resize_token_embeddings(310, mean_resizing=False)
-    wide.save_pretrained(folder / "wide")
+    narrow = AutoModelForCausalLM.from_pretrained(write_llama(folder / "narrow", text))
+    narrow.resize_token_embeddings(290, mean_resizing=False)
+    narrow.save_pretrained(folder / "narrow")
     quantized = CliRunner().invoke(
         main, ["quantize", str(models / "student"), "--bits", "3", "--out", str(folder / "quantized"), "--quiet"]
     )
@@ -182,7 +182,7 @@ def test_a_real_command_says_one_thing(here: Path, case: str) -> None:
         (distill(student="quantized"), 1, "already quantized"),
         (distill(student="encoder"), 1, "not a causal language model"),
         (distill(teacher="encoder"), 1, "not a causal language model"),
-        (distill(student="wide"), 1, "310"),
+        (distill(student="narrow"), 1, "290 outputs"),
         (distill(teacher="truncated"), 1, "'truncated/model.safetensors' is damaged"),
         (distill(student="no_tokenizer"), 1, "save_pretrained"),
         ("inspect student", 1, "compress quantize"),

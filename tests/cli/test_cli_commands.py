@@ -124,7 +124,11 @@ def test_eval_and_inspect_and_list(inside: Path) -> None:
     assert "model.safetensors" in damaged.stderr
 
     assert "pyramid" in call("list", "codecs").stdout
-    assert "kl" in call("list", "losses").stdout
+    losses = {entry["name"]: entry for entry in json.loads(call("list", "losses", "--json").stdout)}
+    assert losses["kl"]["options"] == {"temperature": 1.0, "t2": False}
+    assert losses["kl"]["needs"] == ["teacher"]
+    assert all(entry["is"].endswith(".") for entry in losses.values())
+    assert "\nkl:temperature=1,t2=false\n" in call("list", "losses").stdout
     assert "demo" in json.loads(call("list", "recipes", "--json").stdout)
     assert "text:FILE" in call("list", "data").stdout
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import compress
 from compress.distillation.run import distill_stage
@@ -46,7 +47,7 @@ def stage(models: Path, out: Path, **options: Any) -> dict[str, Any]:
 
 def test_student_keeps_its_dtype_and_config(models: Path, tmp_path: Path) -> None:
     record = stage(models, tmp_path / "out")
-    assert [step for step, _ in record["loss"]] == [3]
+    assert [step for step, _ in record["loss"]] == [1, 3]
     before, after = (load_file(folder / "model.safetensors") for folder in (models / "student", tmp_path / "out"))
     assert {name: (t.shape, t.dtype) for name, t in before.items()} == {n: (t.shape, t.dtype) for n, t in after.items()}
     assert any(not torch.equal(before[name], after[name]) for name in before)
@@ -78,3 +79,15 @@ def test_other_tokenizer_of_the_same_size_is_refused(models: Path, tmp_path: Pat
     write_llama(tmp_path / "student", text, vocabulary=280)
     with pytest.raises(ModelError, match="different tokenizers"):
         stage(tmp_path, tmp_path / "out", data=f"text:{text}")
+
+
+def test_padded_outputs_are_left_out_and_said(models: Path, tmp_path: Path) -> None:
+    padded = AutoModelForCausalLM.from_pretrained(models / "teacher")
+    width = padded.config.vocab_size
+    padded.resize_token_embeddings(width + 20, mean_resizing=False)
+    padded.save_pretrained(tmp_path / "teacher")
+    AutoTokenizer.from_pretrained(models / "teacher").save_pretrained(tmp_path / "teacher")
+    record = stage(models, tmp_path / "padded", teacher=str(tmp_path / "teacher"))
+    assert record["loss"] == stage(models, tmp_path / "plain")["loss"]
+    log = (tmp_path / "padded.work" / "log.jsonl").read_text(encoding="utf-8")
+    assert f"the teacher {width + 20}: the first {width} are compared" in log
