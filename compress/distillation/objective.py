@@ -73,6 +73,8 @@ class Objective(nn.Module):
     A module, because a loss may have parameters that learn with the student, and state that belongs to a checkpoint.
     """
 
+    balanced: Tensor
+
     def __init__(self, terms: Sequence[Term]) -> None:
         super().__init__()
         if not terms:
