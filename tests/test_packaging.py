@@ -98,7 +98,7 @@ def test_the_wheel_holds_the_package_and_its_data(wheel: Path) -> None:
         "compress/py.typed",
         "compress/codecs/pyramid/levels.json",
         "compress/cuda/host.cpp",
-        "compress/cuda/pyramid.cuh",
+        "compress/cuda/encode.cuh",
         "compress/recipes/demo.yaml",
     } <= names
     for model in ("teacher", "student"):

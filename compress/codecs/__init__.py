@@ -1,6 +1,8 @@
 """How a matrix becomes bits. `codec("pyramid").quantize(weight, spec)` gives a `QuantizedMatrix`."""
 
 from compress.codecs.base import Codec, CodecSpec, FieldLayout, QuantizedMatrix
+from compress.codecs.half_pyramid import HalfPyramidCodec, HalfPyramidConfig
+from compress.codecs.pvq import PvqCodec, PvqConfig
 from compress.codecs.pyramid import PyramidCodec, PyramidConfig
 from compress.codecs.registry import codec, codec_names, codec_of, register_codec
 
@@ -8,6 +10,10 @@ __all__ = [
     "Codec",
     "CodecSpec",
     "FieldLayout",
+    "HalfPyramidCodec",
+    "HalfPyramidConfig",
+    "PvqCodec",
+    "PvqConfig",
     "PyramidCodec",
     "PyramidConfig",
     "QuantizedMatrix",

@@ -120,10 +120,30 @@ class QuantizedMatrix:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """W [o, n]: W[r, g dim + i] = fl32(scales[r, g] integers[r, g dim + i]), then rounded to `dtype`."""
-        integers, scales = self.integers()
-        rows, groups = scales.shape
-        product = integers.view(rows, groups, self.spec.dim).to(torch.float32).mul_(scales.unsqueeze(-1))
-        return product.view(rows, groups * self.spec.dim)[:, : self.shape[1]].to(dtype).contiguous()
+        return codec_of(self.spec).decode(self, dtype)
+
+
+def product(matrix: QuantizedMatrix, dtype: torch.dtype) -> Tensor:
+    """`QuantizedMatrix.dequantize` from its two factors, for codecs that have no faster way."""
+    integers, scales = matrix.integers()
+    rows, groups = scales.shape
+    weight = integers.view(rows, groups, matrix.spec.dim).to(torch.float32).mul_(scales.unsqueeze(-1))
+    return weight.view(rows, groups * matrix.spec.dim)[:, : matrix.shape[1]].to(dtype).contiguous()
+
+
+ONNX_INT4, ONNX_INT8 = "onnx int4", "onnx int8"
+COMPRESSED_TENSORS_INT4, COMPRESSED_TENSORS_INT8 = "compressed-tensors int4", "compressed-tensors int8"
+
+
+def exact_containers(dim: int, largest: int) -> tuple[str, ...]:
+    """The stock containers that hold groups of `dim` integers of magnitude <= `largest`, one float32 scale each, bit
+    for bit: ONNX Runtime's MatMulNBits has blocks of 16 and more, vLLM's pack-quantized kernels groups of 32, 64, 128.
+    """
+    bits = (*((4,) if largest <= 7 else ()), *((8,) if largest <= 127 else ()))
+    onnx = {4: ONNX_INT4, 8: ONNX_INT8}
+    tensors = {4: COMPRESSED_TENSORS_INT4, 8: COMPRESSED_TENSORS_INT8}
+    names = [onnx[number] for number in bits if dim % 16 == 0]
+    return (*names, *(tensors[number] for number in bits if dim in (32, 64, 128)))
 
 
 class CodecConfig(Protocol):
@@ -171,4 +191,12 @@ class Codec(Protocol):
 
     def integers(self, matrix: QuantizedMatrix) -> tuple[Tensor, Tensor]:
         """See `QuantizedMatrix.integers`."""
+        ...
+
+    def decode(self, matrix: QuantizedMatrix, dtype: torch.dtype) -> Tensor:
+        """See `QuantizedMatrix.dequantize`; `product` is one way."""
+        ...
+
+    def containers(self, spec: CodecSpec) -> tuple[str, ...]:
+        """Names of the stock containers that carry a matrix of `spec` exactly; see `exact_containers`."""
         ...

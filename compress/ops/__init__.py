@@ -5,6 +5,13 @@
 
 from compress.ops import reference
 from compress.ops.divergences import divergence_rows, native_divergences
+from compress.ops.half_pyramid.library import (
+    half_pyramid_decode,
+    half_pyramid_encode,
+    half_pyramid_linear,
+    half_pyramid_pack,
+    half_pyramid_unpack,
+)
 from compress.ops.library import (
     backend,
     pack_bits,
@@ -19,6 +26,11 @@ __all__ = [
     "backend",
     "codebook_size",
     "divergence_rows",
+    "half_pyramid_decode",
+    "half_pyramid_encode",
+    "half_pyramid_linear",
+    "half_pyramid_pack",
+    "half_pyramid_unpack",
     "native_divergences",
     "pack_bits",
     "pyramid_encode",

@@ -16,10 +16,12 @@ from torch import Tensor
 from compress.errors import CodecError
 from compress.ops import reference
 from compress.ops.native import NativeLibrary, find_library
+from compress.ops.tables import index_words
+from compress.ops.words import MOST_WORDS, WORD, word_count, words_shape
 
 LARGEST_PULSE = 127
-LARGEST_DIM = 256
-WIDEST = 64
+LARGEST_DIM = 128
+WIDEST = WORD * MOST_WORDS
 
 
 class Backend(Protocol):
@@ -51,33 +53,35 @@ def pyramid_encode(x: Tensor, scale: Tensor, levels: Tensor, pulses: int, limit:
 
 
 def pyramid_rank(y: Tensor, pulses: int, limit: int = -1) -> Tensor:
-    """Index in [0, N) of each y int8 [G, D] among the vectors with `pulses` pulses, at most `limit` each: int64 [G].
+    """Index in [0, N) of each y int8 [G, D] among the vectors with `pulses` pulses, at most `limit` each.
 
+    int64 [G], read as unsigned patterns, or with W = ceil(log2 N / 64) > 1 words [G, W], the least significant first.
     Vectors are in lexicographic order, the values of one coordinate in the order 0, +1, -1, +2, -2, ... (Fischer 1986).
-    limit -1: no bound. Raises `CodecError` for a y that is no such vector and when N >= 2^63.
+    limit -1: no bound but 127. Raises `CodecError` for a y that is no such vector and when N > 2^1024.
     """
     index: Tensor = torch.ops.compress.pyramid_rank(y, pulses, limit)
     return index
 
 
 def pyramid_unrank(index: Tensor, dim: int, pulses: int, limit: int = -1) -> Tensor:
-    """The vector y int8 [G, dim] of each index int64 [G]; inverse of `pyramid_rank`, same order, same errors."""
+    """The vector y int8 [G, dim] of each index [G] or [G, W]; inverse of `pyramid_rank`, same order, same errors."""
     y: Tensor = torch.ops.compress.pyramid_unrank(index, dim, pulses, limit)
     return y
 
 
 def pack_bits(values: Tensor, width: int) -> Tensor:
-    """int64 [G], read as unsigned patterns, to a little-endian bit stream uint8 [ceil(G width / 8)], zero padded.
+    """Numbers of `width` bits to a little-endian bit stream uint8 [ceil(G width / 8)], zero padded.
 
-    Bit b of value g is bit g width + b of the stream, which is bit n % 8 of byte n // 8. Bits above `width` are
-    dropped. width is 1 to 64, `CodecError` otherwise.
+    values: int64 [G], read as unsigned patterns; for a width above 64 words [G, ceil(width / 64)]. Bit b of number g is
+    bit g width + b of the stream, which is bit n % 8 of byte n // 8. Bits above `width` are dropped. width is 1 to
+    1024, `CodecError` otherwise.
     """
     packed: Tensor = torch.ops.compress.pack_bits(values, width)
     return packed
 
 
 def unpack_bits(packed: Tensor, width: int, count: int) -> Tensor:
-    """The first `count` values of a stream of `pack_bits`: int64 [count]. `CodecError` when the stream is shorter."""
+    """The first `count` numbers of a stream of `pack_bits`: [count] or [count, W]. `CodecError` for a short stream."""
     values: Tensor = torch.ops.compress.unpack_bits(packed, width, count)
     return values
 
@@ -112,6 +116,13 @@ def _check_tensor(name: str, tensor: Tensor, ndim: int, dtype: torch.dtype) -> N
         raise CodecError(f"{name} takes {dtype} of {ndim} dimensions, not {tensor.dtype} {list(tensor.shape)}.")
 
 
+def _check_words(name: str, tensor: Tensor, words: int) -> None:
+    """Raises `CodecError` unless `tensor` is int64 [G], or [G, W] for more than one word."""
+    _check_tensor(name, tensor, 1 if words == 1 else 2, torch.int64)
+    if words > 1 and tensor.shape[1] != words:
+        raise CodecError(f"{name} takes numbers of {words} words here, not {list(tensor.shape)}.")
+
+
 def _check_width(width: int) -> None:
     if not 1 <= width <= WIDEST:
         raise CodecError(f"A width of {width} bits; 1 to {WIDEST} are possible.")
@@ -143,12 +154,13 @@ def _attach(key: str, kernels: Backend) -> None:
         return kernels.pyramid_rank(y, pulses, _check_pyramid(y.shape[1], pulses, limit))
 
     def unrank(index: Tensor, dim: int, pulses: int, limit: int = -1) -> Tensor:
-        _check_tensor("pyramid_unrank", index, 1, torch.int64)
-        return kernels.pyramid_unrank(index, dim, pulses, _check_pyramid(dim, pulses, limit))
+        bound = _check_pyramid(dim, pulses, limit)
+        _check_words("pyramid_unrank", index, index_words(dim, pulses, bound))
+        return kernels.pyramid_unrank(index, dim, pulses, bound)
 
     def pack(values: Tensor, width: int) -> Tensor:
-        _check_tensor("pack_bits", values, 1, torch.int64)
         _check_width(width)
+        _check_words("pack_bits", values, word_count(width))
         return kernels.pack_bits(values, width)
 
     def unpack(packed: Tensor, width: int, count: int) -> Tensor:
@@ -174,7 +186,9 @@ def _fake_encode(x: Tensor, scale: Tensor, levels: Tensor, pulses: int, limit: i
 
 
 def _fake_rank(y: Tensor, pulses: int, limit: int = -1) -> Tensor:
-    return y.new_empty(y.shape[:1], dtype=torch.int64)
+    dim = int(y.shape[1])
+    words = index_words(dim, pulses, _check_pyramid(dim, pulses, limit))
+    return y.new_empty(words_shape(y.shape[0], words), dtype=torch.int64)
 
 
 def _fake_unrank(index: Tensor, dim: int, pulses: int, limit: int = -1) -> Tensor:
@@ -186,7 +200,7 @@ def _fake_pack(values: Tensor, width: int) -> Tensor:
 
 
 def _fake_unpack(packed: Tensor, width: int, count: int) -> Tensor:
-    return packed.new_empty(count, dtype=torch.int64)
+    return packed.new_empty(words_shape(count, word_count(width)), dtype=torch.int64)
 
 
 LIBRARY_PATH = find_library()

@@ -10,23 +10,28 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from compress.errors import CodecError, CompressError
-from compress.ops.reference import packed_bytes
-from compress.ops.tables import codebook_size, count_table
+from compress.ops.bits import packed_bytes
+from compress.ops.fischer import outside
+from compress.ops.tables import codebook_size, index_words, word_table
+from compress.ops.words import word_count, words_shape
 
-INTERFACE = 2
+INTERFACE = 3
 """Version of the C interface; `compress_interface()` of the library must return it."""
 
 POINTER, INT64, INT, DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
 SIGNATURES: dict[str, list[type]] = {
-    "compress_pyramid_encode": [POINTER, POINTER, POINTER, INT64, INT, INT, INT, INT, POINTER, POINTER, INT],
-    "compress_pyramid_rank": [POINTER, POINTER, INT64, INT, INT, INT, POINTER, INT],
-    "compress_pyramid_unrank": [POINTER, POINTER, INT64, INT, INT, POINTER, INT],
+    "compress_encode": [
+        *(POINTER, POINTER, POINTER, POINTER, INT64, INT, INT, INT, INT, INT, POINTER, POINTER, POINTER, INT, INT)
+    ],
+    "compress_pyramid_rank": [POINTER, POINTER, INT, INT64, INT, INT, INT, POINTER, INT],
+    "compress_pyramid_unrank": [POINTER, POINTER, INT, INT64, INT, INT, INT, POINTER, INT],
     "compress_pack_bits": [POINTER, INT64, INT, POINTER, INT],
     "compress_unpack_bits": [POINTER, INT64, INT, POINTER, INT],
     "compress_divergence_rows": [
@@ -81,43 +86,67 @@ class NativeLibrary:
         values = [value.data_ptr() if isinstance(value, Tensor) else value for value in arguments]
         return int(self.functions[name](*values, torch.get_num_threads()))
 
+    def _chosen(self, instructions: str | None) -> str:
+        """The instruction set to use: the one that is asked for, else the best."""
+        chosen = instructions or self.instructions[-1]
+        if chosen not in self.instructions:
+            raise CompressError(f"No loops for '{chosen}' here.", remedy=f"Use one of {', '.join(self.instructions)}.")
+        return chosen
+
+    def encode(
+        self,
+        x: Tensor,
+        scale: Tensor,
+        gains: Tensor,
+        levels: Sequence[int],
+        shift: int,
+        pulses: int,
+        instructions: str | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See `compress.ops.search.encode`. `instructions` asks for a set of `self.instructions`."""
+        x, scale, gains = x.contiguous(), scale.contiguous(), gains.contiguous()
+        groups, dim = x.shape
+        table = torch.tensor(levels, dtype=torch.int8)
+        values = torch.empty((groups, dim), dtype=torch.int8)
+        gain, coset = torch.empty(groups, dtype=torch.int64), torch.empty(groups, dtype=torch.int64)
+        sizes = (groups, dim, gains.numel(), table.numel(), shift, pulses)
+        level = INSTRUCTIONS.index(self._chosen(instructions))
+        self._call("compress_encode", x, scale, gains, table, *sizes, values, gain, coset, level)
+        return values, gain, coset
+
     def pyramid_encode(
         self, x: Tensor, scale: Tensor, levels: Tensor, pulses: int, limit: int
     ) -> tuple[Tensor, Tensor]:
-        x, scale, levels = x.contiguous(), scale.contiguous(), levels.contiguous()
-        groups, dim = x.shape
-        y = torch.empty((groups, dim), dtype=torch.int8)
-        gain = torch.empty(groups, dtype=torch.int64)
-        self._call("compress_pyramid_encode", x, scale, levels, groups, dim, levels.numel(), pulses, limit, y, gain)
+        y, gain, _ = self.encode(x, scale, levels, range(limit + 1), 0, pulses)
         return y, gain
 
     def pyramid_rank(self, y: Tensor, pulses: int, limit: int) -> Tensor:
         groups, dim = y.shape
         y = y.contiguous()
-        index = torch.empty(groups, dtype=torch.int64)
-        words = count_table(dim, pulses, limit)
-        if self._call("compress_pyramid_rank", y, words, groups, dim, pulses, limit, index):
+        table, words = word_table(dim, pulses, limit), index_words(dim, pulses, limit)
+        index = torch.empty(words_shape(groups, words), dtype=torch.int64)
+        if self._call("compress_pyramid_rank", y, table, words, groups, dim, pulses, limit, index):
             raise CodecError(f"A vector to rank does not have {pulses} pulses, at most {limit} on one coordinate.")
         return index
 
     def pyramid_unrank(self, index: Tensor, dim: int, pulses: int, limit: int) -> Tensor:
         index = index.contiguous()
-        y = torch.empty((index.numel(), dim), dtype=torch.int8)
-        words = count_table(dim, pulses, limit)
-        if self._call("compress_pyramid_unrank", index, words, index.numel(), dim, pulses, y):
-            size = codebook_size(dim, pulses, limit)
-            raise CodecError(f"An index lies outside its codebook of {size} vectors.", remedy="The codes are damaged.")
+        groups = index.shape[0]
+        y = torch.empty((groups, dim), dtype=torch.int8)
+        table, words = word_table(dim, pulses, limit), index_words(dim, pulses, limit)
+        if self._call("compress_pyramid_unrank", index, table, words, groups, dim, pulses, limit, y):
+            raise outside(codebook_size(dim, pulses, limit))
         return y
 
     def pack_bits(self, values: Tensor, width: int) -> Tensor:
         values = values.contiguous()
-        out = torch.empty(packed_bytes(values.numel(), width), dtype=torch.uint8)
-        self._call("compress_pack_bits", values, values.numel(), width, out)
+        out = torch.empty(packed_bytes(values.shape[0], width), dtype=torch.uint8)
+        self._call("compress_pack_bits", values, values.shape[0], width, out)
         return out
 
     def unpack_bits(self, packed: Tensor, width: int, count: int) -> Tensor:
         packed = packed.contiguous()
-        out = torch.empty(count, dtype=torch.int64)
+        out = torch.empty(words_shape(count, word_count(width)), dtype=torch.int64)
         self._call("compress_unpack_bits", packed, count, width, out)
         return out
 
@@ -136,12 +165,10 @@ class NativeLibrary:
         """See `compress.ops.divergence_rows`. `instructions` asks for a set of `self.instructions`."""
         _check_divergence(kind, options, temperature)
         _check_rows(student, teacher, gradient)
-        chosen = instructions or self.instructions[-1]
-        if chosen not in self.instructions:
-            raise CompressError(f"No loops for '{chosen}' here.", remedy=f"Use one of {', '.join(self.instructions)}.")
+        level = INSTRUCTIONS.index(self._chosen(instructions))
         values = torch.empty(len(student), dtype=torch.float32)
         number, option = list(DIVERGENCES).index(kind), options[0] if options else 0.0
-        sizes, level = student.shape, INSTRUCTIONS.index(chosen)
+        sizes = student.shape
         if self._call(
             "compress_divergence_rows",
             *(student, teacher, *sizes, number, option, temperature, scale, values, gradient, level),

@@ -191,8 +191,8 @@ def test_division_of_unsigned_64_bit_codes(gains: int) -> None:
 def test_threads_and_chunks_do_not_change_the_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     pyramid, weight = codec("pyramid"), normal(50, 80)
     whole = pyramid.quantize(weight, pyramid.spec(52)).payload()
-    monkeypatch.setattr("compress.codecs.pyramid.codec.CHUNK_WEIGHTS", 160)
-    monkeypatch.setattr("compress.codecs.pyramid.rows.CHUNK_ROWS", 7)
+    monkeypatch.setattr("compress.codecs.row_search.CHUNK_WEIGHTS", 160)
+    monkeypatch.setattr("compress.codecs.rows.CHUNK_ROWS", 7)
     monkeypatch.setattr("compress.ops.reference.CHUNK_ELEMENTS", 64)
     assert torch.equal(pyramid.quantize(weight, pyramid.spec(52)).payload(), whole)
 

@@ -8,7 +8,7 @@ from decimal import Decimal, localcontext
 import pytest
 import torch
 
-from compress.codecs.pyramid.rows import HEADROOM, TOP, factors, initial_codes, row_rms, row_scales
+from compress.codecs.rows import HEADROOM, TOP, factors, initial_codes, row_rms, row_scales
 
 FRACTIONS = struct.unpack(
     ">16I",

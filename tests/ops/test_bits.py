@@ -38,10 +38,34 @@ def test_long_streams_in_both_backends(native: None) -> None:
         assert torch.equal(back, values & ((1 << width) - 1 if width < 64 else -1))
 
 
-@pytest.mark.parametrize("width", [0, 65, -1])
+@pytest.mark.parametrize("width", [65, 72, 100, 127, 128, 129, 205, 416, 1000, 1024])
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 61])
+def test_packing_of_many_words_equals_a_big_integer(kernels: ModuleType, width: int, count: int) -> None:
+    draw = random.Random(width * 1000 + count)
+    words = -(-width // 64)
+    given = [[draw.getrandbits(64) for _ in range(words)] for _ in range(count)]
+    values = [sum(word << 64 * w for w, word in enumerate(row)) & (1 << width) - 1 for row in given]
+    tensor = torch.tensor([[signed(word) for word in row] for row in given], dtype=torch.int64).view(count, words)
+    packed = kernels.pack_bits(tensor, width)
+    number = sum(value << (i * width) for i, value in enumerate(values))
+    assert bytes(packed.tolist()) == number.to_bytes((count * width + 7) // 8, "little")
+    back = kernels.unpack_bits(packed, width, count)
+    assert back.shape == (count, words)
+    assert [[word % 2**64 for word in row] for row in back.tolist()] == [
+        [value >> 64 * w & 2**64 - 1 for w in range(words)] for value in values
+    ]
+
+
+@pytest.mark.parametrize("width", [0, 1025, -1])
 def test_impossible_widths_are_refused(width: int) -> None:
-    with pytest.raises(CodecError, match="1 to 64"):
+    with pytest.raises(CodecError, match="1 to 1024"):
         ops.pack_bits(torch.zeros(3, dtype=torch.int64), width)
+
+
+def test_numbers_of_other_sizes_are_refused() -> None:
+    for shape, width in (((3,), 65), ((3, 2), 64), ((3, 2), 129), ((3, 1), 5)):
+        with pytest.raises(CodecError, match="pack_bits takes"):
+            ops.pack_bits(torch.zeros(shape, dtype=torch.int64), width)
 
 
 def test_a_short_stream_is_refused() -> None:

@@ -10,17 +10,32 @@ import pytest
 
 KERNEL = """
 #include "bits.cuh"
-__global__ void encode(const float* x, const float* scale, const float* levels, const float* inverse, int count,
-                       int pulses, int limit, signed char* y, int* gain) {
+#include "fischer.cuh"
+#include "encode.cuh"
+template <int D, class Levels>
+__global__ void encode(compress::Search search, const float* x, const float* scale, signed char* v, int* gain) {
   const int g = blockIdx.x * blockDim.x + threadIdx.x;
-  gain[g] = compress::encode_group<16>(x + g * 16, 16, scale[g], levels, inverse, count, pulses, limit, y + g * 16);
+  float values[D], best, coset;
+  const Levels levels(search);
+  compress::encode_lanes<compress::OneLane, D>(search, levels, x + g * D, scale[g], values, best, coset);
+  for (int i = 0; i < D; ++i) v[g * D + i] = static_cast<signed char>(values[i]);
+  gain[g] = static_cast<int>(best + best + coset);
 }
-__global__ void decode(const unsigned char* packed, const int64_t* words, int width, int pulses, signed char* y) {
+template __global__ void encode<8, compress::TableLevels<compress::OneLane, 16>>(
+    compress::Search, const float*, const float*, signed char*, int*);
+template __global__ void encode<16, compress::UniformLevels<compress::OneLane>>(
+    compress::Search, const float*, const float*, signed char*, int*);
+template <int W>
+__global__ void decode(const unsigned char* packed, const uint64_t* table, int width, int pulses, signed char* y) {
   const int run = blockIdx.x * blockDim.x + threadIdx.x;
-  int64_t codes[8];
+  int64_t codes[8 * W];
   compress::unpack_run(packed + run * width, 8, width, codes);
-  for (int g = 0; g < 8; ++g) compress::unrank_group(codes[g], words, 16, pulses, y + (run * 8 + g) * 16);
+  for (int g = 0; g < 8; ++g)
+    compress::fischer_unrank<W>(reinterpret_cast<uint64_t*>(codes) + g * W, table, W, 16, pulses, 127,
+                                y + (run * 8 + g) * 16);
 }
+template __global__ void decode<1>(const unsigned char*, const uint64_t*, int, int, signed char*);
+template __global__ void decode<2>(const unsigned char*, const uint64_t*, int, int, signed char*);
 """
 
 

@@ -94,7 +94,7 @@ def test_native_equals_reference_on_100k_groups(native: None) -> None:
         assert torch.equal(mine[0], true[0]) and torch.equal(mine[1], true[1])
 
 
-@pytest.mark.parametrize("dim", [1, 3, 7, 24, 64, 200])
+@pytest.mark.parametrize("dim", [1, 3, 7, 24, 64, 128])
 def test_native_equals_reference_for_any_dim(native: None, dim: int) -> None:
     x = torch.randn(500, dim, generator=torch.Generator().manual_seed(dim))
     arguments = (x, torch.ones(500), torch.tensor(LEVELS), 2 * dim, 9)

@@ -18,18 +18,30 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "pack_bits": (torch.arange(11), 13),
     "unpack_bits": (torch.zeros(20, dtype=torch.uint8), 13, 11),
 }
+WIDE: dict[str, tuple[Any, ...]] = {
+    "pyramid_rank": (torch.ones(3, 80, dtype=torch.int8), 80),
+    "pyramid_unrank": (torch.arange(20).view(5, 4), 80, 80),
+    "pack_bits": (torch.arange(12).view(4, 3), 130),
+    "unpack_bits": (torch.zeros(40, dtype=torch.uint8), 130, 2),
+}
+"""The same with numbers of several words."""
+ALL = [
+    pytest.param(name, calls[name], id=f"{name}-{kind}")
+    for kind, calls in (("one", CALLS), ("many", WIDE))
+    for name in calls
+]
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_opcheck(name: str) -> None:
-    results = torch.library.opcheck(getattr(torch.ops.compress, name).default, CALLS[name])
+@pytest.mark.parametrize(("name", "call"), ALL)
+def test_opcheck(name: str, call: tuple[Any, ...]) -> None:
+    results = torch.library.opcheck(getattr(torch.ops.compress, name).default, call)
     assert set(results.values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_meta_tensors_give_shapes(name: str) -> None:
-    meta = [value.to("meta") if isinstance(value, torch.Tensor) else value for value in CALLS[name]]
-    real, fake = (getattr(ops, name)(*arguments) for arguments in (CALLS[name], meta))
+@pytest.mark.parametrize(("name", "call"), ALL)
+def test_meta_tensors_give_shapes(name: str, call: tuple[Any, ...]) -> None:
+    meta = [value.to("meta") if isinstance(value, torch.Tensor) else value for value in call]
+    real, fake = (getattr(ops, name)(*arguments) for arguments in (call, meta))
     for one, other in zip(*((r,) if isinstance(r, torch.Tensor) else r for r in (real, fake)), strict=True):
         assert one.shape == other.shape and one.dtype == other.dtype
 

@@ -18,17 +18,12 @@ import torch
 from torch import Tensor
 
 from compress import ops
-from compress.codecs.base import CodecSpec, FieldLayout, QuantizedMatrix
-from compress.codecs.pyramid.encode import encode_rows
-from compress.codecs.pyramid.rows import initial_codes, row_scales
+from compress.codecs.base import CodecSpec, FieldLayout, QuantizedMatrix, exact_containers, product
 from compress.codecs.pyramid.table import VERSION, Shape, shipped_tables, worthwhile
 from compress.codecs.registry import register_codec
-from compress.errors import ArtifactError, CodecError, NumericsError, UsageError
-
-CHUNK_WEIGHTS = 2**20
-"""Weights encoded at once, whole rows at a time."""
-LARGEST_SCALE = 1e34
-"""Largest matrix scale: with it, no product of scale, level and pulses leaves float32."""
+from compress.codecs.row_search import Groups, encode_matrix
+from compress.codecs.rows import row_scales
+from compress.errors import ArtifactError, UsageError
 
 
 @dataclass(frozen=True)
@@ -93,31 +88,17 @@ class PyramidCodec:
         return 8 * sum(part.nbytes for part in self.layout(spec, shape))
 
     def quantize(self, weight: Tensor, spec: CodecSpec) -> QuantizedMatrix:
-        if weight.ndim != 2 or not weight.is_floating_point():
-            raise CodecError(f"The pyramid takes a matrix of floats, not {list(weight.shape)} of {weight.dtype}.")
         shape = shape_of(spec)
-        weight = weight.detach().to(torch.float32)
-        rows, columns = weight.shape
-        _refuse_not_finite(weight)
-        scale, row_codes = initial_codes(weight)
-        if float(scale) > LARGEST_SCALE:
-            raise NumericsError(
-                f"The largest row has an RMS of {float(scale):.3g}; above {LARGEST_SCALE:g} float32 overflows.",
-                remedy="Scale the matrix down.",
-            )
-        codes = torch.empty(rows * -(-columns // spec.dim), dtype=torch.int64, device=weight.device)
-        step = max(1, CHUNK_WEIGHTS // max(columns, 1))
-        for start in range(0, rows, step):
-            part = slice(start, start + step)
-            groups = -(-columns // spec.dim)
-            row_codes[part], found = encode_rows(weight[part], scale, row_codes[part], shape)
-            codes[start * groups : start * groups + found.numel()] = found
-        tensors = {
-            "scale": scale,
-            "rows": row_codes.to(torch.uint8),
-            "codes": ops.pack_bits(codes, spec.width),
-        }
-        return QuantizedMatrix(spec, (rows, columns), tensors)
+        levels = shape.level_tensor().to(weight.device)
+
+        def encode(x: Tensor, scale: Tensor) -> Groups:
+            y, gain = ops.pyramid_encode(x, scale, levels, shape.pulses, shape.limit)
+            return Groups(y, levels[gain], (gain,))
+
+        scale, rows, groups = encode_matrix(weight, spec.dim, encode)
+        index = ops.pyramid_rank(groups.values, shape.pulses, shape.limit)
+        codes = ops.pack_bits(index * len(shape.levels) + groups.fields[0], spec.width)
+        return QuantizedMatrix(spec, (weight.shape[0], weight.shape[1]), {"scale": scale, "rows": rows, "codes": codes})
 
     def integers(self, matrix: QuantizedMatrix) -> tuple[Tensor, Tensor]:
         spec, shape = matrix.spec, shape_of(matrix.spec)
@@ -129,6 +110,12 @@ class PyramidCodec:
         scales = row_scales(matrix.tensors["scale"], matrix.tensors["rows"])
         levels = shape.level_tensor().to(codes.device)
         return y.view(rows, groups * spec.dim), scales.unsqueeze(-1) * levels[gain].view(rows, groups)
+
+    def decode(self, matrix: QuantizedMatrix, dtype: torch.dtype) -> Tensor:
+        return product(matrix, dtype)
+
+    def containers(self, spec: CodecSpec) -> tuple[str, ...]:
+        return exact_containers(spec.dim, shape_of(spec).limit)
 
 
 def shape_of(spec: CodecSpec) -> Shape:
@@ -154,14 +141,3 @@ def split_codes(codes: Tensor, gains: int) -> tuple[Tensor, Tensor]:
     high, low = (codes >> 32) & low_half, codes & low_half
     low = ((high % gains) << 32) | low
     return ((high // gains) << 32) + low // gains, low % gains
-
-
-def _refuse_not_finite(weight: Tensor) -> None:
-    if all(bool(torch.isfinite(chunk).all()) for chunk in weight.flatten().split(CHUNK_WEIGHTS)):
-        return
-    bad = ~torch.isfinite(weight)
-    row, column = (int(place) for place in bad.nonzero()[0])
-    raise NumericsError(
-        f"The weight at row {row}, column {column} is {float(weight[row, column])} in float32 "
-        f"({int(bad.sum())} of {weight.numel()} are not finite)."
-    )

@@ -1,0 +1,79 @@
+// Every row of x [rows, HADAMARD_COLUMNS] times H / sqrt(n), n = 2^k up to 32768, in HALF_TYPE, in place or not.
+//
+// Element i = (e W + w) 32 + lane of a row lies in register e of thread (w, lane). The bits of e are done in registers,
+// those of the lane by shuffles; then the row goes through shared memory once, and a thread gets the W elements of some
+// (e, lane), whose bits of w it does in registers.
+#include "gpu.cuh"
+
+#if !defined(HADAMARD_COLUMNS)
+#define HADAMARD_COLUMNS 4096
+#endif
+#if !defined(HALF_TYPE)
+#define HALF_TYPE 2
+#endif
+
+namespace compress {
+
+using T = TypeOf<HALF_TYPE>::Type;
+constexpr int kColumns = HADAMARD_COLUMNS;
+constexpr int kHeld = kColumns <= 32 ? 1 : kColumns <= 1024 ? kColumns / 32 : 32;
+constexpr int kWarps = kColumns / (32 * kHeld) > 1 ? kColumns / (32 * kHeld) : 1;
+constexpr int kLanes = kColumns < 32 ? kColumns : 32;
+
+// The transform of kCount numbers, without its scale.
+template <int kCount>
+__device__ __forceinline__ void transform(float* values) {
+#pragma unroll
+  for (int distance = 1; distance < kCount; distance *= 2) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (i & distance) continue;
+      const float a = values[i], b = values[i + distance];
+      values[i] = a + b;
+      values[i + distance] = a - b;
+    }
+  }
+}
+
+__device__ __forceinline__ void transform_lanes(float* values, int lane) {
+#pragma unroll
+  for (int distance = 1; distance < kLanes; distance *= 2) {
+#pragma unroll
+    for (int e = 0; e < kHeld; ++e) {
+      const float other = __shfl_xor_sync(~0u, values[e], distance);
+      values[e] = lane & distance ? other - values[e] : values[e] + other;
+    }
+  }
+}
+
+}  // namespace compress
+
+extern "C" __global__ void __launch_bounds__(32 * compress::kWarps)
+    hadamard(const compress::T::Bits* x, compress::T::Bits* y, float scale) {
+  using namespace compress;
+  extern __shared__ float row[];
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  x += static_cast<int64_t>(blockIdx.x) * kColumns;
+  y += static_cast<int64_t>(blockIdx.x) * kColumns;
+  float values[kHeld];
+#pragma unroll
+  for (int e = 0; e < kHeld; ++e) values[e] = lane < kLanes ? T::number(x[(e * kWarps + warp) * 32 + lane]) : 0.0f;
+  transform<kHeld>(values);
+  transform_lanes(values, lane);
+  if constexpr (kWarps > 1) {
+#pragma unroll
+    for (int e = 0; e < kHeld; ++e) row[(e * kWarps + warp) * 32 + lane] = values[e];
+    __syncthreads();
+#pragma unroll
+    for (int s = 0; s < kHeld / kWarps; ++s) {
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) values[s * kWarps + w] = row[((warp * (kHeld / kWarps) + s) * kWarps + w) * 32 + lane];
+      transform<kWarps>(values + s * kWarps);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int place = kWarps > 1 ? warp * kHeld + i : i;
+    if (lane < kLanes) y[place * 32 + lane] = T::bits(values[i] * scale);
+  }
+}

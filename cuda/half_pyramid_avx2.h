@@ -1,0 +1,343 @@
+// The loops in AVX2: included by half_pyramid_blocks.cpp. Eight octets at once: lane g holds the four low parts, or the
+// four high ones, of octet g as bytes, so a dot product of bytes leaves one integer for each octet.
+//
+// Floats need no conversion of integers: a level below 128 is a bfloat16, whose two bytes two shuffles look up. Bytes
+// are interleaved to words, and a word in the upper half of a lane is the float. That orders octets as 0 0 1 1 4 4 5 5
+// and 2 2 3 3 6 6 7 7, which is how an unpacking of the gains with themselves orders those.
+#pragma once
+
+#include <immintrin.h>
+
+namespace compress {
+namespace {
+
+constexpr bool kReadsPlanes = true;
+
+int read_whole_bytes(const uint8_t* bytes, int bits, int begin, int count, int place, uint32_t* rests) {
+  const __m256i shifts = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(bits));
+  const __m256i mask = _mm256_set1_epi32((1 << bits) - 1);
+  const __m128i up = _mm_cvtsi32_si128(place);
+  int i = begin;
+  for (; i + 8 <= count; i += 8, bytes += bits) {
+    uint32_t packed = 0;
+    if (bits == 4)
+      memcpy(&packed, bytes, 4);
+    else if (bits == 2)
+      memcpy(&packed, bytes, 2);
+    else
+      packed = *bytes;
+    const __m256i spread = _mm256_srlv_epi32(_mm256_set1_epi32(static_cast<int>(packed)), shifts);
+    __m256i* out = reinterpret_cast<__m256i*>(rests + i);
+    const __m256i part = _mm256_sll_epi32(_mm256_and_si256(spread, mask), up);
+    _mm256_storeu_si256(out, _mm256_or_si256(_mm256_loadu_si256(out), part));
+  }
+  return i;
+}
+
+// Eight octets with the gain and the shift of each.
+struct Eight {
+  __m256i octets;
+  __m256 gains, shifts;
+};
+
+// Octets as a tile holds them.
+struct Loaded {
+  const HalfTile& tile;
+  Eight operator()(int i) const {
+    return {_mm256_load_si256(reinterpret_cast<const __m256i*>(tile.octets + i)), _mm256_load_ps(tile.gains + i),
+            _mm256_load_ps(tile.shifts + i)};
+  }
+};
+
+// Rests as a tile holds them.
+struct LoadedRests {
+  const uint32_t* rests;
+  __m256i operator()(int i) const { return _mm256_load_si256(reinterpret_cast<const __m256i*>(rests + i)); }
+};
+
+// Rests of 18 bits from their planes.
+struct Rests18 {
+  const uint8_t* wide;
+  const uint8_t* narrow;
+  __m256i operator()(int i) const {
+    int16_t packed;
+    memcpy(&packed, narrow + i / 4, 2);
+    const __m256i places = _mm256_setr_epi32(16, 14, 12, 10, 8, 6, 4, 2);
+    const __m256i upper = _mm256_sllv_epi32(_mm256_set1_epi16(packed), places);
+    const __m256i lower = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(wide + 2 * i)));
+    return _mm256_or_si256(lower, _mm256_and_si256(upper, _mm256_set1_epi32(3 << 16)));
+  }
+};
+
+// Of rests, from a table of all octets. With r = rank L + gain, rank = trunc((2 r + 1) / (2 L)) in float32. Where
+// 2 ranks L < 2^22 that is exact (`kShort`, which also has at most eight gains). Elsewhere, for ranks up to 2^20 and
+// rests below 2^30, the quotient is taken a little too small, and at most one is missing.
+template <bool kShort, class Rests>
+class LookedUp {
+ public:
+  LookedUp(const HalfCode& code, HalfTile& tile, const Rests& rests)
+      : rests_(rests),
+        ranks_(tile.octets),
+        table_(code.octets),
+        gains_(code.gains),
+        last_(_mm256_set1_epi32(static_cast<int>(code.last_low))),
+        radix_(_mm256_set1_epi32(code.gain_count)),
+        down_(_mm_cvtsi32_si128(code.shift > 0)),
+        up_(_mm_cvtsi32_si128(code.shift == 0)),
+        inverse_(_mm256_set1_ps(0.5f / static_cast<float>(code.gain_count) * (kShort ? 1.0f : 1.0f - 0x1p-22f))),
+        shift_(_mm256_set1_ps(static_cast<float>(code.shift))) {
+    alignas(32) float padded[8] = {};
+    for (int i = 0; i < 8 && i < code.gain_count; ++i) padded[i] = gains_[i];
+    few_gains_ = _mm256_load_ps(padded);
+  }
+
+  Eight operator()(int i) const {
+    const __m256i one = _mm256_set1_epi32(1);
+    const __m256i rest = _mm256_min_epu32(rests_(i), last_);
+    const __m256 twice = _mm256_cvtepi32_ps(_mm256_or_si256(_mm256_sll_epi32(rest, up_), one));
+    __m256i rank = _mm256_cvttps_epi32(_mm256_mul_ps(twice, inverse_));
+    __m256i gain = _mm256_sub_epi32(_mm256_srl_epi32(rest, down_), _mm256_mullo_epi32(rank, radix_));
+    if (!kShort) {
+      const __m256i missing = _mm256_cmpgt_epi32(gain, _mm256_sub_epi32(radix_, one));
+      rank = _mm256_sub_epi32(rank, missing);
+      gain = _mm256_sub_epi32(gain, _mm256_and_si256(missing, radix_));
+    }
+    const __m256 gains = kShort ? _mm256_permutevar8x32_ps(few_gains_, gain) : _mm256_i32gather_ps(gains_, gain, 4);
+    return {looked_up(i, rank), gains, _mm256_xor_ps(shift_, _mm256_castsi256_ps(_mm256_slli_epi32(rest, 31)))};
+  }
+
+ private:
+  // By loads: a gather takes longer.
+  __m256i looked_up(int i, __m256i rank) const {
+#if VARIANT == 1
+    const __m128i lo = _mm256_castsi256_si128(rank), hi = _mm256_extracti128_si256(rank, 1);
+    const uint64_t a = _mm_cvtsi128_si64(lo), b = _mm_extract_epi64(lo, 1), c = _mm_cvtsi128_si64(hi), d = _mm_extract_epi64(hi, 1);
+    return _mm256_setr_epi32(entry((uint32_t)a), entry(a >> 32), entry((uint32_t)b), entry(b >> 32), entry((uint32_t)c), entry(c >> 32), entry((uint32_t)d), entry(d >> 32));
+#elif VARIANT == 2
+    const __m128i lo = _mm256_castsi256_si128(rank), hi = _mm256_extracti128_si256(rank, 1);
+    const uint64_t a = _mm_cvtsi128_si64(lo), b = _mm_extract_epi64(lo, 1), c = _mm_cvtsi128_si64(hi), d = _mm_extract_epi64(hi, 1);
+#define E(a) ((uint64_t)table_[(uint32_t)a] | (uint64_t)table_[a >> 32] << 32)
+    return _mm256_setr_epi64x(E(a),E(b),E(c),E(d));
+#elif VARIANT == 5 || VARIANT == 6
+    const __m128i lo = _mm256_castsi256_si128(rank), hi = _mm256_extracti128_si256(rank, 1);
+    const uint64_t a = _mm_cvtsi128_si64(lo), b = _mm_extract_epi64(lo, 1), c = _mm_cvtsi128_si64(hi), d = _mm_extract_epi64(hi, 1);
+    uint32_t* at0 = ranks_ + i;
+#if VARIANT == 5
+    const uint32_t e0=table_[(uint32_t)a],e1=table_[a>>32],e2=table_[(uint32_t)b],e3=table_[b>>32],e4=table_[(uint32_t)c],e5=table_[c>>32],e6=table_[(uint32_t)d],e7=table_[d>>32];
+    at0[0]=e0;at0[1]=e1;at0[2]=e2;at0[3]=e3;at0[4]=e4;at0[5]=e5;at0[6]=e6;at0[7]=e7;
+#else
+#define E(a) ((uint64_t)table_[(uint32_t)a] | (uint64_t)table_[a >> 32] << 32)
+    uint64_t z0=E(a),z1=E(b),z2=E(c),z3=E(d); memcpy(at0,&z0,8);memcpy(at0+2,&z1,8);memcpy(at0+4,&z2,8);memcpy(at0+6,&z3,8);
+#endif
+    return _mm256_load_si256((const __m256i*)(ranks_ + ((i + 448) & 511)));
+#elif VARIANT == 3
+    return rank;
+#elif VARIANT == 4
+    alignas(32) uint64_t w[4];
+    _mm256_store_si256((__m256i*)w, rank);
+    asm volatile("":::"memory");
+    const uint64_t a=w[0],b=w[1],c=w[2],d=w[3];
+    return _mm256_setr_epi32(entry((uint32_t)a), entry(a >> 32), entry((uint32_t)b), entry(b >> 32), entry((uint32_t)c), entry(c >> 32), entry((uint32_t)d), entry(d >> 32));
+#endif
+    uint32_t* at = ranks_ + i;
+    _mm256_store_si256(reinterpret_cast<__m256i*>(at), rank);
+    return _mm256_setr_epi32(entry(at[0]), entry(at[1]), entry(at[2]), entry(at[3]), entry(at[4]), entry(at[5]),
+                             entry(at[6]), entry(at[7]));
+  }
+  int entry(uint32_t rank) const { return static_cast<int>(table_[rank]); }
+
+  Rests rests_;
+  uint32_t* ranks_;
+  const uint32_t* table_;
+  const float* gains_;
+  __m256i last_, radix_;
+  __m128i down_, up_;
+  __m256 inverse_, shift_, few_gains_;
+};
+
+bool is_short(const HalfCode& code) { return code.gain_count <= 8 && code.last_low < (1u << 21); }
+
+template <class Source, class Use>
+inline void for_each_eight(int count, const Source& source, const Use& use) {
+  for (int i = 0; i < count; i += 8) use(i, source(i));
+}
+
+template <class Use>
+inline void for_octets(const HalfCode& code, HalfTile& tile, int count, const Use& use) {
+  if (code.octets == nullptr)
+    for_each_eight(count, Loaded{tile}, use);
+  else if (!is_short(code))
+    for_each_eight(count, LookedUp<false, LoadedRests>(code, tile, {tile.rests}), use);
+  else if (tile.wide == nullptr)
+    for_each_eight(count, LookedUp<true, LoadedRests>(code, tile, {tile.rests}), use);
+  else
+    for_each_eight(count, LookedUp<true, Rests18>(code, tile, {tile.wide, tile.narrow}), use);
+}
+
+// Of eight octets: the indices of levels, and bytes of ones where a weight is negative.
+struct Lanes {
+  __m256i low, high, low_negative, high_negative;
+};
+
+inline Lanes lanes_of(__m256i octets, const uint8_t* sign_bytes) {
+  const __m256i nibble = _mm256_set1_epi8(15);
+  const __m256i spread = _mm256_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3,  //
+                                          4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7);
+  const __m256i low_bits = _mm256_set1_epi32(0x08040201), high_bits = _mm256_set1_epi32(static_cast<int>(0x80402010));
+  int64_t packed;
+  memcpy(&packed, sign_bytes, 8);
+  const __m256i signs = _mm256_shuffle_epi8(_mm256_set1_epi64x(packed), spread);
+  return {_mm256_and_si256(octets, nibble), _mm256_and_si256(_mm256_srli_epi32(octets, 4), nibble),
+          _mm256_cmpeq_epi8(_mm256_and_si256(signs, low_bits), low_bits),
+          _mm256_cmpeq_epi8(_mm256_and_si256(signs, high_bits), high_bits)};
+}
+
+inline __m256i table_of(const uint8_t* bytes) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
+}
+
+inline __m256i negate(__m256i v, __m256i negative) { return _mm256_sub_epi8(_mm256_xor_si256(v, negative), negative); }
+
+inline float sum_of(__m256 v) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+
+void scale(const HalfCode& code, HalfTile& tile, int count, float row_scale, float* out) {
+  const __m256i levels = table_of(code.levels);
+  for_octets(code, tile, count, [&](int i, const Eight& eight) {
+    alignas(32) int8_t values[64];
+    alignas(32) float factors[8], shifts[8];
+    const Lanes lanes = lanes_of(eight.octets, tile.signs + i);
+    const __m256i low = negate(_mm256_shuffle_epi8(levels, lanes.low), lanes.low_negative);
+    const __m256i high = negate(_mm256_shuffle_epi8(levels, lanes.high), lanes.high_negative);
+    const __m256i first = _mm256_unpacklo_epi32(low, high), second = _mm256_unpackhi_epi32(low, high);
+    __m256i* to = reinterpret_cast<__m256i*>(values);
+    _mm256_store_si256(to, _mm256_permute2x128_si256(first, second, 0x20));
+    _mm256_store_si256(to + 1, _mm256_permute2x128_si256(first, second, 0x31));
+    _mm256_store_ps(factors, _mm256_mul_ps(_mm256_set1_ps(row_scale), eight.gains));
+    _mm256_store_ps(shifts, eight.shifts);
+    for (int g = 0; g < 8; ++g) {
+      const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(values + 8 * g));
+      const __m256 v = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+      const __m256 shifted = _mm256_add_ps(v, _mm256_broadcast_ss(shifts + g));
+      _mm256_storeu_ps(out + 8 * (i + g), _mm256_mul_ps(shifted, _mm256_broadcast_ss(factors + g)));
+    }
+  });
+}
+
+// The weight that a place among 64 floats stands for, in units of the octets' natural order.
+inline int weight_at(int place) {
+  const int odd = place >> 3 & 1, high = place >> 4 & 1, second = place >> 5, lane = place & 7;
+  const int octet = 4 * (lane >> 2) + 2 * second + (lane >> 1 & 1);
+  return 8 * octet + 4 * high + 2 * (lane & 1) + odd;
+}
+
+void arrange_floats(const float* x, int64_t octets, float* out) {
+  for (int64_t i = 0; i < octets * 8; i += 64)
+    for (int place = 0; place < 64; ++place) out[i + place] = x[i + weight_at(place)];
+}
+
+void arrange_integers(const int8_t* x, int64_t octets, int8_t* out) {
+  for (int64_t i = 0; i < octets; i += 8)
+    for (int g = 0; g < 8; ++g) {
+      memcpy(out + 8 * i + 4 * g, x + 8 * (i + g), 4);
+      memcpy(out + 8 * i + 32 + 4 * g, x + 8 * (i + g) + 4, 4);
+    }
+}
+
+// The floats of 16 words, first the lower ones of each lane, then the upper ones.
+inline __m256 lower_floats(__m256i words) { return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16)); }
+inline __m256 upper_floats(__m256i words) {
+  return _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+}
+
+template <int R>
+void dot_floats_of(const HalfCode& code, HalfTile& tile, int count, const HalfInputs& x, int64_t start, float* sums) {
+  alignas(16) uint8_t upper_bytes[16], lower_bytes[16];
+  for (int m = 0; m < 16; ++m) {
+    const float level = code.levels[m];
+    uint32_t bits;
+    memcpy(&bits, &level, 4);
+    upper_bytes[m] = static_cast<uint8_t>(bits >> 24);
+    lower_bytes[m] = static_cast<uint8_t>(bits >> 16);
+  }
+  const __m256i uppers = table_of(upper_bytes), lowers = table_of(lower_bytes), minus = _mm256_set1_epi8(-128);
+  __m256 total[R];
+  for (int r = 0; r < R; ++r) total[r] = _mm256_setzero_ps();
+  for_octets(code, tile, count, [&](int i, const Eight& eight) {
+    const Lanes lanes = lanes_of(eight.octets, tile.signs + i);
+    const __m256i low = _mm256_shuffle_epi8(lowers, lanes.low), high = _mm256_shuffle_epi8(lowers, lanes.high);
+    const __m256i low_upper =
+        _mm256_xor_si256(_mm256_shuffle_epi8(uppers, lanes.low), _mm256_and_si256(lanes.low_negative, minus));
+    const __m256i high_upper =
+        _mm256_xor_si256(_mm256_shuffle_epi8(uppers, lanes.high), _mm256_and_si256(lanes.high_negative, minus));
+    const __m256i a = _mm256_unpacklo_epi8(low, low_upper), b = _mm256_unpacklo_epi8(high, high_upper);
+    const __m256i c = _mm256_unpackhi_epi8(low, low_upper), d = _mm256_unpackhi_epi8(high, high_upper);
+    const __m256 gain = eight.gains;
+    const __m256 first_gain = _mm256_unpacklo_ps(gain, gain), second_gain = _mm256_unpackhi_ps(gain, gain);
+    const __m256 moved = _mm256_mul_ps(gain, eight.shifts);
+    for (int r = 0; r < R; ++r) {
+      const float* at = x.floats + 8 * (r * x.octets + start + i);
+      __m256 first = _mm256_mul_ps(lower_floats(a), _mm256_loadu_ps(at));
+      first = _mm256_fmadd_ps(upper_floats(a), _mm256_loadu_ps(at + 8), first);
+      first = _mm256_fmadd_ps(lower_floats(b), _mm256_loadu_ps(at + 16), first);
+      first = _mm256_fmadd_ps(upper_floats(b), _mm256_loadu_ps(at + 24), first);
+      __m256 second = _mm256_mul_ps(lower_floats(c), _mm256_loadu_ps(at + 32));
+      second = _mm256_fmadd_ps(upper_floats(c), _mm256_loadu_ps(at + 40), second);
+      second = _mm256_fmadd_ps(lower_floats(d), _mm256_loadu_ps(at + 48), second);
+      second = _mm256_fmadd_ps(upper_floats(d), _mm256_loadu_ps(at + 56), second);
+      total[r] = _mm256_fmadd_ps(first, first_gain, total[r]);
+      total[r] = _mm256_fmadd_ps(second, second_gain, total[r]);
+      total[r] = _mm256_fmadd_ps(moved, _mm256_loadu_ps(x.sums + r * x.octets + start + i), total[r]);
+    }
+  });
+  for (int r = 0; r < R; ++r) sums[r] += sum_of(total[r]);
+}
+
+template <int R>
+void dot_integers_of(const HalfCode& code, HalfTile& tile, int count, const HalfInputs& x, int64_t start,
+                     float* sums) {
+  const __m256i levels = table_of(code.levels), ones = _mm256_set1_epi16(1), odd = _mm256_set1_epi8(1);
+  __m256 total[R];
+  for (int r = 0; r < R; ++r) total[r] = _mm256_setzero_ps();
+  for_octets(code, tile, count, [&](int i, const Eight& eight) {
+    const Lanes lanes = lanes_of(eight.octets, tile.signs + i);
+    const __m256i low = _mm256_shuffle_epi8(levels, lanes.low), high = _mm256_shuffle_epi8(levels, lanes.high);
+    const __m256i low_sign = _mm256_or_si256(lanes.low_negative, odd);
+    const __m256i high_sign = _mm256_or_si256(lanes.high_negative, odd);
+    const __m256 gain = eight.gains, shift = eight.shifts;
+    for (int r = 0; r < R; ++r) {
+      const __m256i* at = reinterpret_cast<const __m256i*>(x.integers + 8 * (r * x.octets + start + i));
+      const __m256i low_x = _mm256_sign_epi8(_mm256_loadu_si256(at), low_sign);
+      const __m256i high_x = _mm256_sign_epi8(_mm256_loadu_si256(at + 1), high_sign);
+      const __m256i low_dot = _mm256_madd_epi16(_mm256_maddubs_epi16(low, low_x), ones);
+      const __m256i high_dot = _mm256_madd_epi16(_mm256_maddubs_epi16(high, high_x), ones);
+      const __m256 dot = _mm256_cvtepi32_ps(_mm256_add_epi32(low_dot, high_dot));
+      const __m256 moved = _mm256_fmadd_ps(shift, _mm256_loadu_ps(x.sums + r * x.octets + start + i), dot);
+      total[r] = _mm256_fmadd_ps(gain, moved, total[r]);
+    }
+  });
+  for (int r = 0; r < R; ++r) sums[r] += sum_of(total[r]);
+}
+
+// The tile must hold whole lanes of eight octets.
+void dot_floats(const HalfCode& code, HalfTile& tile, int count, const HalfInputs& x, int64_t start, int rows,
+                float* sums) {
+  if (rows == 1) return dot_floats_of<1>(code, tile, count, x, start, sums);
+  if (rows == 2) return dot_floats_of<2>(code, tile, count, x, start, sums);
+  if (rows == 4) return dot_floats_of<4>(code, tile, count, x, start, sums);
+  return dot_floats_of<8>(code, tile, count, x, start, sums);
+}
+
+void dot_integers(const HalfCode& code, HalfTile& tile, int count, const HalfInputs& x, int64_t start, int rows,
+                  float* sums) {
+  if (rows == 1) return dot_integers_of<1>(code, tile, count, x, start, sums);
+  if (rows == 2) return dot_integers_of<2>(code, tile, count, x, start, sums);
+  if (rows == 4) return dot_integers_of<4>(code, tile, count, x, start, sums);
+  return dot_integers_of<8>(code, tile, count, x, start, sums);
+}
+
+}  // namespace
+}  // namespace compress

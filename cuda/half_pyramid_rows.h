@@ -1,0 +1,71 @@
+// What the driver of the half-integer pyramid's rows (half_pyramid_rows.cpp) and its loops (half_pyramid_blocks.cpp)
+// share. The loops are compiled once for each instruction set, so nothing here may be code: the linker would keep one
+// copy of it for all.
+#pragma once
+
+#include <cstdint>
+
+namespace compress {
+
+// A shape and the tables of compress/ops/half_pyramid/tables.py; the fields that compress/ops/half_pyramid/native.py gives.
+struct HalfCode {
+  const uint64_t* words;
+  const uint16_t* quads;
+  const uint32_t* quad_starts;
+  const uint32_t* octets;  // of every rank; null where D > 8 or there are too many
+  const float* gains;
+  const uint8_t* levels;      // 16
+  uint64_t last_low, last_high;  // the largest rest
+  int32_t dim, pulses, limit, stride, gain_count, shift, bits;
+};
+
+constexpr int kTileOctets = 512;
+constexpr int kLane = 8;  // tiles are filled up to a multiple of it with octets of gain 0
+
+constexpr int kTileRoom = kTileOctets + 48;  // so that no two arrays are apart by a page, where stores hold loads up
+
+// Some thousand weights of one row, eight of them an octet.
+struct HalfTile {
+  alignas(64) uint32_t rests[kTileRoom];
+  alignas(64) uint32_t octets[kTileRoom];
+  alignas(64) float gains[kTileRoom];
+  alignas(64) float shifts[kTileRoom];  // +d or -d
+  alignas(64) uint8_t last_signs[kTileRoom];
+  const uint8_t* signs;
+  const uint8_t* wide;    // null, or 16 bits of each rest, which are not in `rests`,
+  const uint8_t* narrow;  // and the two bits above them
+};
+
+// Rows of activations, each in the order that the loops want, filled up with zeros to `octets` octets.
+struct HalfInputs {
+  const float* floats;    // either these
+  const int8_t* integers;  // or these
+  const float* sums;      // of each octet
+  int64_t octets;
+};
+
+// All take whole lanes. Where the code has a table of octets, a tile comes with rests alone, and the loops look its octets,
+// gains and shifts up; a rest that is too large is taken as the last one.
+struct HalfLoops {
+  bool reads_planes;  // takes a tile's `wide` and `narrow`
+  // rests of `count` groups of 8 from group `first` on
+  void (*read)(const uint8_t* const* planes, int bits, int64_t first, int count, uint32_t* rests);
+  // the largest of them
+  uint32_t (*largest)(const uint32_t* rests, int count);
+  // out[8 i + j] = (row_scale gain_i) v_ij
+  void (*scale)(const HalfCode& code, HalfTile& tile, int count, float row_scale, float* out);
+  // one row of activations, from x [8 octets], x is filled up
+  void (*arrange_floats)(const float* x, int64_t octets, float* out);
+  void (*arrange_integers)(const int8_t* x, int64_t octets, int8_t* out);
+  // sums[r] += sum over i of gain_i (sum over j of v_ij x_rij), for `rows` = 1, 2, 4 or 8 rows, from octet `start` on
+  void (*dot_floats)(const HalfCode& code, HalfTile& tile, int count, const HalfInputs& x, int64_t start, int rows,
+                     float* sums);
+  void (*dot_integers)(const HalfCode& code, HalfTile& tile, int count, const HalfInputs& x, int64_t start,
+                       int rows, float* sums);
+};
+
+const HalfLoops* half_loops_base();
+const HalfLoops* half_loops_avx2();
+const HalfLoops* half_loops_avx512();
+
+}  // namespace compress
