@@ -72,7 +72,8 @@ def start_shape(x: Tensor, family: Family, pulses: int, limit: int, number: int)
         pitch = min(16, (LARGEST_VALUE - 3) // (limit + 1))
         levels = tuple(pitch * m + max(1, round(0.58 * pitch)) for m in range(limit + 1))
     else:
-        pitch, levels = 2, uniform_levels(limit)
+        levels = uniform_levels(limit, family.coset)
+        pitch = 2 * levels[0]
     gains = x.abs().sum(-1).div(pitch * (pulses + family.dim / 2)).clamp_min(1e-4).sort().values
     places = (torch.arange(number) + 0.5) / number * (gains.numel() - 1)
     shift = max(1, round(0.28 * pitch)) if family.coset else 0

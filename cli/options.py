@@ -60,7 +60,7 @@ seed_option = shown("--seed", 0, "Seed of everything random.", int)
 quantize_options = stack(
     click.argument("model", metavar="M"),
     click.option("--bits", type=float, required=True, help="Bits per weight, everything stored counted."),
-    shown("--codec", "pyramid", "How a matrix becomes bits.", metavar="NAME[:k=v,...]"),
+    shown("--codec", "half_pyramid", "How a matrix becomes bits.", metavar="NAME[:k=v,...]"),
     shown("--max-shard-bytes", 5_000_000_000, "Size at which a new weight file is begun.", int),
     trust_option,
 )

@@ -18,6 +18,7 @@ using T = TypeOf<HALF_TYPE>::Type;
 constexpr int kColumns = HADAMARD_COLUMNS;
 constexpr int kHeld = kColumns <= 32 ? 1 : kColumns <= 1024 ? kColumns / 32 : 32;
 constexpr int kWarps = kColumns / (32 * kHeld) > 1 ? kColumns / (32 * kHeld) : 1;
+constexpr int kSets = kHeld / kWarps > 0 ? kHeld / kWarps : 1;  // of W elements, of a thread
 constexpr int kLanes = kColumns < 32 ? kColumns : 32;
 
 // The transform of kCount numbers, without its scale.
@@ -35,15 +36,28 @@ __device__ __forceinline__ void transform(float* values) {
   }
 }
 
+// Over the lanes, eight registers at a time: with all of them at once the results of shuffles would not find room.
 __device__ __forceinline__ void transform_lanes(float* values, int lane) {
+  constexpr int together = kHeld < 8 ? kHeld : 8;
 #pragma unroll
-  for (int distance = 1; distance < kLanes; distance *= 2) {
+  for (int first = 0; first < kHeld; first += together) {
 #pragma unroll
-    for (int e = 0; e < kHeld; ++e) {
-      const float other = __shfl_xor_sync(~0u, values[e], distance);
-      values[e] = lane & distance ? other - values[e] : values[e] + other;
+    for (int distance = 1; distance < kLanes; distance *= 2) {
+      const float sign = lane & distance ? -1.0f : 1.0f;
+#pragma unroll
+      for (int e = first; e < first + together; ++e) {
+        const float other = __shfl_xor_sync(~0u, values[e], distance);
+        values[e] = sign * values[e] + other;
+      }
     }
   }
+}
+
+template <int kCount>
+__device__ __forceinline__ void write(const float* values, float scale, int lane, T::Bits* y) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i)
+    if (kLanes == 32 || lane < kLanes) y[i * 32 + lane] = T::bits(values[i] * scale);
 }
 
 }  // namespace compress
@@ -57,23 +71,22 @@ extern "C" __global__ void __launch_bounds__(32 * compress::kWarps)
   y += static_cast<int64_t>(blockIdx.x) * kColumns;
   float values[kHeld];
 #pragma unroll
-  for (int e = 0; e < kHeld; ++e) values[e] = lane < kLanes ? T::number(x[(e * kWarps + warp) * 32 + lane]) : 0.0f;
+  for (int e = 0; e < kHeld; ++e) values[e] = kLanes == 32 || lane < kLanes ? T::number(x[(e * kWarps + warp) * 32 + lane]) : 0.0f;
   transform<kHeld>(values);
   transform_lanes(values, lane);
   if constexpr (kWarps > 1) {
 #pragma unroll
     for (int e = 0; e < kHeld; ++e) row[(e * kWarps + warp) * 32 + lane] = values[e];
     __syncthreads();
+#pragma unroll 1
+    for (int e = warp * kSets; e < (warp + 1) * kSets; ++e) {
+      float across[kWarps];
 #pragma unroll
-    for (int s = 0; s < kHeld / kWarps; ++s) {
-#pragma unroll
-      for (int w = 0; w < kWarps; ++w) values[s * kWarps + w] = row[((warp * (kHeld / kWarps) + s) * kWarps + w) * 32 + lane];
-      transform<kWarps>(values + s * kWarps);
+      for (int w = 0; w < kWarps; ++w) across[w] = row[(e * kWarps + w) * 32 + lane];
+      transform<kWarps>(across);
+      write<kWarps>(across, scale, lane, y + e * kWarps * 32);
     }
-  }
-#pragma unroll
-  for (int i = 0; i < kHeld; ++i) {
-    const int place = kWarps > 1 ? warp * kHeld + i : i;
-    if (lane < kLanes) y[place * 32 + lane] = T::bits(values[i] * scale);
+  } else {
+    write<kHeld>(values, scale, lane, y);
   }
 }

@@ -11,8 +11,6 @@
 namespace compress {
 namespace {
 
-constexpr bool kReadsPlanes = true;
-
 int read_whole_bytes(const uint8_t* bytes, int bits, int begin, int count, int place, uint32_t* rests) {
   const __m256i shifts = _mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(bits));
   const __m256i mask = _mm256_set1_epi32((1 << bits) - 1);
@@ -34,50 +32,14 @@ int read_whole_bytes(const uint8_t* bytes, int bits, int begin, int count, int p
   return i;
 }
 
-// Eight octets with the gain and the shift of each.
-struct Eight {
-  __m256i octets;
-  __m256 gains, shifts;
-};
-
-// Octets as a tile holds them.
-struct Loaded {
-  const HalfTile& tile;
-  Eight operator()(int i) const {
-    return {_mm256_load_si256(reinterpret_cast<const __m256i*>(tile.octets + i)), _mm256_load_ps(tile.gains + i),
-            _mm256_load_ps(tile.shifts + i)};
-  }
-};
-
-// Rests as a tile holds them.
-struct LoadedRests {
-  const uint32_t* rests;
-  __m256i operator()(int i) const { return _mm256_load_si256(reinterpret_cast<const __m256i*>(rests + i)); }
-};
-
-// Rests of 18 bits from their planes.
-struct Rests18 {
-  const uint8_t* wide;
-  const uint8_t* narrow;
-  __m256i operator()(int i) const {
-    int16_t packed;
-    memcpy(&packed, narrow + i / 4, 2);
-    const __m256i places = _mm256_setr_epi32(16, 14, 12, 10, 8, 6, 4, 2);
-    const __m256i upper = _mm256_sllv_epi32(_mm256_set1_epi16(packed), places);
-    const __m256i lower = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(wide + 2 * i)));
-    return _mm256_or_si256(lower, _mm256_and_si256(upper, _mm256_set1_epi32(3 << 16)));
-  }
-};
-
-// Of rests, from a table of all octets. With r = rank L + gain, rank = trunc((2 r + 1) / (2 L)) in float32. Where
-// 2 ranks L < 2^22 that is exact (`kShort`, which also has at most eight gains). Elsewhere, for ranks up to 2^20 and
-// rests below 2^30, the quotient is taken a little too small, and at most one is missing.
-template <bool kShort, class Rests>
-class LookedUp {
+// Octets, gains and shifts of rests, from a table of all octets. With r = rank L + gain, rank = trunc((2 r + 1) / (2 L))
+// in float32. Where 2 ranks L < 2^22 that is exact (`kShort`, which also has at most eight gains). Elsewhere, for ranks
+// up to 2^20 and rests below 2^30, the quotient is taken a little too small, and at most one is missing.
+template <bool kShort>
+class LookUp {
  public:
-  LookedUp(const HalfCode& code, HalfTile& tile, const Rests& rests)
-      : rests_(rests),
-        ranks_(tile.octets),
+  LookUp(const HalfCode& code, HalfTile& tile)
+      : tile_(tile),
         table_(code.octets),
         gains_(code.gains),
         last_(_mm256_set1_epi32(static_cast<int>(code.last_low))),
@@ -91,9 +53,10 @@ class LookedUp {
     few_gains_ = _mm256_load_ps(padded);
   }
 
-  Eight operator()(int i) const {
+  void operator()(int i) const {
     const __m256i one = _mm256_set1_epi32(1);
-    const __m256i rest = _mm256_min_epu32(rests_(i), last_);
+    const __m256i given = _mm256_load_si256(reinterpret_cast<const __m256i*>(tile_.rests + i));
+    const __m256i rest = _mm256_min_epu32(given, last_);
     const __m256 twice = _mm256_cvtepi32_ps(_mm256_or_si256(_mm256_sll_epi32(rest, up_), one));
     __m256i rank = _mm256_cvttps_epi32(_mm256_mul_ps(twice, inverse_));
     __m256i gain = _mm256_sub_epi32(_mm256_srl_epi32(rest, down_), _mm256_mullo_epi32(rank, radix_));
@@ -102,52 +65,24 @@ class LookedUp {
       rank = _mm256_sub_epi32(rank, missing);
       gain = _mm256_sub_epi32(gain, _mm256_and_si256(missing, radix_));
     }
+    look_up(_mm256_castsi256_si128(rank), tile_.octets + i);
+    look_up(_mm256_extracti128_si256(rank, 1), tile_.octets + i + 4);
     const __m256 gains = kShort ? _mm256_permutevar8x32_ps(few_gains_, gain) : _mm256_i32gather_ps(gains_, gain, 4);
-    return {looked_up(i, rank), gains, _mm256_xor_ps(shift_, _mm256_castsi256_ps(_mm256_slli_epi32(rest, 31)))};
+    _mm256_store_ps(tile_.gains + i, gains);
+    _mm256_store_ps(tile_.shifts + i, _mm256_xor_ps(shift_, _mm256_castsi256_ps(_mm256_slli_epi32(rest, 31))));
   }
 
  private:
-  // By loads: a gather takes longer.
-  __m256i looked_up(int i, __m256i rank) const {
-#if VARIANT == 1
-    const __m128i lo = _mm256_castsi256_si128(rank), hi = _mm256_extracti128_si256(rank, 1);
-    const uint64_t a = _mm_cvtsi128_si64(lo), b = _mm_extract_epi64(lo, 1), c = _mm_cvtsi128_si64(hi), d = _mm_extract_epi64(hi, 1);
-    return _mm256_setr_epi32(entry((uint32_t)a), entry(a >> 32), entry((uint32_t)b), entry(b >> 32), entry((uint32_t)c), entry(c >> 32), entry((uint32_t)d), entry(d >> 32));
-#elif VARIANT == 2
-    const __m128i lo = _mm256_castsi256_si128(rank), hi = _mm256_extracti128_si256(rank, 1);
-    const uint64_t a = _mm_cvtsi128_si64(lo), b = _mm_extract_epi64(lo, 1), c = _mm_cvtsi128_si64(hi), d = _mm_extract_epi64(hi, 1);
-#define E(a) ((uint64_t)table_[(uint32_t)a] | (uint64_t)table_[a >> 32] << 32)
-    return _mm256_setr_epi64x(E(a),E(b),E(c),E(d));
-#elif VARIANT == 5 || VARIANT == 6
-    const __m128i lo = _mm256_castsi256_si128(rank), hi = _mm256_extracti128_si256(rank, 1);
-    const uint64_t a = _mm_cvtsi128_si64(lo), b = _mm_extract_epi64(lo, 1), c = _mm_cvtsi128_si64(hi), d = _mm_extract_epi64(hi, 1);
-    uint32_t* at0 = ranks_ + i;
-#if VARIANT == 5
-    const uint32_t e0=table_[(uint32_t)a],e1=table_[a>>32],e2=table_[(uint32_t)b],e3=table_[b>>32],e4=table_[(uint32_t)c],e5=table_[c>>32],e6=table_[(uint32_t)d],e7=table_[d>>32];
-    at0[0]=e0;at0[1]=e1;at0[2]=e2;at0[3]=e3;at0[4]=e4;at0[5]=e5;at0[6]=e6;at0[7]=e7;
-#else
-#define E(a) ((uint64_t)table_[(uint32_t)a] | (uint64_t)table_[a >> 32] << 32)
-    uint64_t z0=E(a),z1=E(b),z2=E(c),z3=E(d); memcpy(at0,&z0,8);memcpy(at0+2,&z1,8);memcpy(at0+4,&z2,8);memcpy(at0+6,&z3,8);
-#endif
-    return _mm256_load_si256((const __m256i*)(ranks_ + ((i + 448) & 511)));
-#elif VARIANT == 3
-    return rank;
-#elif VARIANT == 4
-    alignas(32) uint64_t w[4];
-    _mm256_store_si256((__m256i*)w, rank);
-    asm volatile("":::"memory");
-    const uint64_t a=w[0],b=w[1],c=w[2],d=w[3];
-    return _mm256_setr_epi32(entry((uint32_t)a), entry(a >> 32), entry((uint32_t)b), entry(b >> 32), entry((uint32_t)c), entry(c >> 32), entry((uint32_t)d), entry(d >> 32));
-#endif
-    uint32_t* at = ranks_ + i;
-    _mm256_store_si256(reinterpret_cast<__m256i*>(at), rank);
-    return _mm256_setr_epi32(entry(at[0]), entry(at[1]), entry(at[2]), entry(at[3]), entry(at[4]), entry(at[5]),
-                             entry(at[6]), entry(at[7]));
+  // By single loads and stores: a gather, or insertions into a register, take longer.
+  void look_up(__m128i ranks, uint32_t* octets) const {
+    const uint64_t low = static_cast<uint64_t>(_mm_cvtsi128_si64(ranks));
+    const uint64_t high = static_cast<uint64_t>(_mm_extract_epi64(ranks, 1));
+    const uint32_t a = table_[static_cast<uint32_t>(low)], b = table_[low >> 32];
+    const uint32_t c = table_[static_cast<uint32_t>(high)], d = table_[high >> 32];
+    octets[0] = a, octets[1] = b, octets[2] = c, octets[3] = d;
   }
-  int entry(uint32_t rank) const { return static_cast<int>(table_[rank]); }
 
-  Rests rests_;
-  uint32_t* ranks_;
+  HalfTile& tile_;
   const uint32_t* table_;
   const float* gains_;
   __m256i last_, radix_;
@@ -157,21 +92,29 @@ class LookedUp {
 
 bool is_short(const HalfCode& code) { return code.gain_count <= 8 && code.last_low < (1u << 21); }
 
-template <class Source, class Use>
-inline void for_each_eight(int count, const Source& source, const Use& use) {
-  for (int i = 0; i < count; i += 8) use(i, source(i));
+// Octets that are looked up before the first of them is used: a load of eight must not wait for eight stores.
+constexpr int kAhead = 64;
+
+template <class Fill, class Use>
+inline void pipeline(int count, const Fill& fill, const Use& use) {
+  const int head = count < kAhead ? count : kAhead;
+  for (int i = 0; i < head; i += 8) fill(i);
+  for (int i = head; i < count; i += 8) {
+    fill(i);
+    use(i - kAhead);
+  }
+  for (int i = count - head; i < count; i += 8) use(i);
 }
 
+// `use` of every eight octets; rests are looked up on the way.
 template <class Use>
 inline void for_octets(const HalfCode& code, HalfTile& tile, int count, const Use& use) {
   if (code.octets == nullptr)
-    for_each_eight(count, Loaded{tile}, use);
-  else if (!is_short(code))
-    for_each_eight(count, LookedUp<false, LoadedRests>(code, tile, {tile.rests}), use);
-  else if (tile.wide == nullptr)
-    for_each_eight(count, LookedUp<true, LoadedRests>(code, tile, {tile.rests}), use);
+    for (int i = 0; i < count; i += 8) use(i);
+  else if (is_short(code))
+    pipeline(count, LookUp<true>(code, tile), use);
   else
-    for_each_eight(count, LookedUp<true, Rests18>(code, tile, {tile.wide, tile.narrow}), use);
+    pipeline(count, LookUp<false>(code, tile), use);
 }
 
 // Of eight octets: the indices of levels, and bytes of ones where a weight is negative.
@@ -179,13 +122,14 @@ struct Lanes {
   __m256i low, high, low_negative, high_negative;
 };
 
-inline Lanes lanes_of(__m256i octets, const uint8_t* sign_bytes) {
+inline Lanes lanes_of(const HalfTile& tile, int i) {
   const __m256i nibble = _mm256_set1_epi8(15);
+  const __m256i octets = _mm256_load_si256(reinterpret_cast<const __m256i*>(tile.octets + i));
   const __m256i spread = _mm256_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3,  //
                                           4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7);
   const __m256i low_bits = _mm256_set1_epi32(0x08040201), high_bits = _mm256_set1_epi32(static_cast<int>(0x80402010));
   int64_t packed;
-  memcpy(&packed, sign_bytes, 8);
+  memcpy(&packed, tile.signs + i, 8);
   const __m256i signs = _mm256_shuffle_epi8(_mm256_set1_epi64x(packed), spread);
   return {_mm256_and_si256(octets, nibble), _mm256_and_si256(_mm256_srli_epi32(octets, 4), nibble),
           _mm256_cmpeq_epi8(_mm256_and_si256(signs, low_bits), low_bits),
@@ -206,22 +150,21 @@ inline float sum_of(__m256 v) {
 
 void scale(const HalfCode& code, HalfTile& tile, int count, float row_scale, float* out) {
   const __m256i levels = table_of(code.levels);
-  for_octets(code, tile, count, [&](int i, const Eight& eight) {
+  for_octets(code, tile, count, [&](int i) {
     alignas(32) int8_t values[64];
-    alignas(32) float factors[8], shifts[8];
-    const Lanes lanes = lanes_of(eight.octets, tile.signs + i);
+    alignas(32) float factors[8];
+    const Lanes lanes = lanes_of(tile, i);
     const __m256i low = negate(_mm256_shuffle_epi8(levels, lanes.low), lanes.low_negative);
     const __m256i high = negate(_mm256_shuffle_epi8(levels, lanes.high), lanes.high_negative);
     const __m256i first = _mm256_unpacklo_epi32(low, high), second = _mm256_unpackhi_epi32(low, high);
     __m256i* to = reinterpret_cast<__m256i*>(values);
     _mm256_store_si256(to, _mm256_permute2x128_si256(first, second, 0x20));
     _mm256_store_si256(to + 1, _mm256_permute2x128_si256(first, second, 0x31));
-    _mm256_store_ps(factors, _mm256_mul_ps(_mm256_set1_ps(row_scale), eight.gains));
-    _mm256_store_ps(shifts, eight.shifts);
+    _mm256_store_ps(factors, _mm256_mul_ps(_mm256_set1_ps(row_scale), _mm256_load_ps(tile.gains + i)));
     for (int g = 0; g < 8; ++g) {
       const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(values + 8 * g));
       const __m256 v = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
-      const __m256 shifted = _mm256_add_ps(v, _mm256_broadcast_ss(shifts + g));
+      const __m256 shifted = _mm256_add_ps(v, _mm256_broadcast_ss(tile.shifts + i + g));
       _mm256_storeu_ps(out + 8 * (i + g), _mm256_mul_ps(shifted, _mm256_broadcast_ss(factors + g)));
     }
   });
@@ -266,8 +209,8 @@ void dot_floats_of(const HalfCode& code, HalfTile& tile, int count, const HalfIn
   const __m256i uppers = table_of(upper_bytes), lowers = table_of(lower_bytes), minus = _mm256_set1_epi8(-128);
   __m256 total[R];
   for (int r = 0; r < R; ++r) total[r] = _mm256_setzero_ps();
-  for_octets(code, tile, count, [&](int i, const Eight& eight) {
-    const Lanes lanes = lanes_of(eight.octets, tile.signs + i);
+  for_octets(code, tile, count, [&](int i) {
+    const Lanes lanes = lanes_of(tile, i);
     const __m256i low = _mm256_shuffle_epi8(lowers, lanes.low), high = _mm256_shuffle_epi8(lowers, lanes.high);
     const __m256i low_upper =
         _mm256_xor_si256(_mm256_shuffle_epi8(uppers, lanes.low), _mm256_and_si256(lanes.low_negative, minus));
@@ -275,9 +218,9 @@ void dot_floats_of(const HalfCode& code, HalfTile& tile, int count, const HalfIn
         _mm256_xor_si256(_mm256_shuffle_epi8(uppers, lanes.high), _mm256_and_si256(lanes.high_negative, minus));
     const __m256i a = _mm256_unpacklo_epi8(low, low_upper), b = _mm256_unpacklo_epi8(high, high_upper);
     const __m256i c = _mm256_unpackhi_epi8(low, low_upper), d = _mm256_unpackhi_epi8(high, high_upper);
-    const __m256 gain = eight.gains;
+    const __m256 gain = _mm256_load_ps(tile.gains + i);
     const __m256 first_gain = _mm256_unpacklo_ps(gain, gain), second_gain = _mm256_unpackhi_ps(gain, gain);
-    const __m256 moved = _mm256_mul_ps(gain, eight.shifts);
+    const __m256 moved = _mm256_mul_ps(gain, _mm256_load_ps(tile.shifts + i));
     for (int r = 0; r < R; ++r) {
       const float* at = x.floats + 8 * (r * x.octets + start + i);
       __m256 first = _mm256_mul_ps(lower_floats(a), _mm256_loadu_ps(at));
@@ -296,25 +239,32 @@ void dot_floats_of(const HalfCode& code, HalfTile& tile, int count, const HalfIn
   for (int r = 0; r < R; ++r) sums[r] += sum_of(total[r]);
 }
 
+// total + the sum of t x over four bytes, t < 128 and |x| < 128.
+inline __m256i dot_bytes(__m256i total, __m256i t, __m256i x) {
+#if defined(__AVX512VNNI__)
+  return _mm256_dpbusd_epi32(total, t, x);
+#else
+  return _mm256_add_epi32(total, _mm256_madd_epi16(_mm256_maddubs_epi16(t, x), _mm256_set1_epi16(1)));
+#endif
+}
+
 template <int R>
 void dot_integers_of(const HalfCode& code, HalfTile& tile, int count, const HalfInputs& x, int64_t start,
                      float* sums) {
-  const __m256i levels = table_of(code.levels), ones = _mm256_set1_epi16(1), odd = _mm256_set1_epi8(1);
+  const __m256i levels = table_of(code.levels), odd = _mm256_set1_epi8(1);
   __m256 total[R];
   for (int r = 0; r < R; ++r) total[r] = _mm256_setzero_ps();
-  for_octets(code, tile, count, [&](int i, const Eight& eight) {
-    const Lanes lanes = lanes_of(eight.octets, tile.signs + i);
+  for_octets(code, tile, count, [&](int i) {
+    const Lanes lanes = lanes_of(tile, i);
     const __m256i low = _mm256_shuffle_epi8(levels, lanes.low), high = _mm256_shuffle_epi8(levels, lanes.high);
     const __m256i low_sign = _mm256_or_si256(lanes.low_negative, odd);
     const __m256i high_sign = _mm256_or_si256(lanes.high_negative, odd);
-    const __m256 gain = eight.gains, shift = eight.shifts;
+    const __m256 gain = _mm256_load_ps(tile.gains + i), shift = _mm256_load_ps(tile.shifts + i);
     for (int r = 0; r < R; ++r) {
       const __m256i* at = reinterpret_cast<const __m256i*>(x.integers + 8 * (r * x.octets + start + i));
       const __m256i low_x = _mm256_sign_epi8(_mm256_loadu_si256(at), low_sign);
       const __m256i high_x = _mm256_sign_epi8(_mm256_loadu_si256(at + 1), high_sign);
-      const __m256i low_dot = _mm256_madd_epi16(_mm256_maddubs_epi16(low, low_x), ones);
-      const __m256i high_dot = _mm256_madd_epi16(_mm256_maddubs_epi16(high, high_x), ones);
-      const __m256 dot = _mm256_cvtepi32_ps(_mm256_add_epi32(low_dot, high_dot));
+      const __m256 dot = _mm256_cvtepi32_ps(dot_bytes(dot_bytes(_mm256_setzero_si256(), low, low_x), high, high_x));
       const __m256 moved = _mm256_fmadd_ps(shift, _mm256_loadu_ps(x.sums + r * x.octets + start + i), dot);
       total[r] = _mm256_fmadd_ps(gain, moved, total[r]);
     }

@@ -4,8 +4,6 @@
 namespace compress {
 namespace {
 
-constexpr bool kReadsPlanes = false;
-
 int read_whole_bytes(const uint8_t*, int, int begin, int, int, uint32_t*) { return begin; }
 
 void look_up(const HalfCode& code, HalfTile& tile, int count) {

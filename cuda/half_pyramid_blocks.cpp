@@ -40,9 +40,7 @@ uint32_t largest(const uint32_t* rests, int count) {
 }  // namespace
 }  // namespace compress
 
-#if defined(__AVX512VNNI__) && 0
-#include "half_pyramid_avx512.h"
-#elif defined(__AVX2__)
+#if defined(__AVX2__)
 #include "half_pyramid_avx2.h"
 #else
 #include "half_pyramid_base.h"
@@ -70,7 +68,7 @@ void read(const uint8_t* const* planes, int bits, int64_t first, int count, uint
   }
 }
 
-constexpr HalfLoops kLoops = {kReadsPlanes,   read,             largest,    scale,
+constexpr HalfLoops kLoops = {read,             largest,    scale,
                               arrange_floats, arrange_integers, dot_floats, dot_integers};
 
 }  // namespace

@@ -88,12 +88,8 @@ class HalfMatrix {
     const int per_group = code.dim / 8;
     const int64_t first = row * groups() + start / per_group;
     bool known = true;
-    tile.wide = tile.narrow = nullptr;
     if (code.octets == nullptr) {
       known = unrank_tile(code, planes + 1, first, count / per_group, tile);
-    } else if (loops.reads_planes && !checked && code.bits == 18 && first % kLane == 0 && count % kLane == 0) {
-      tile.wide = planes[1] + 2 * first;
-      tile.narrow = planes[2] + first / 4;
     } else {
       loops.read(planes + 1, code.bits, first, count, tile.rests);
       known = !checked || loops.largest(tile.rests, count) <= code.last_low;

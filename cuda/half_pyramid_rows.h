@@ -30,10 +30,8 @@ struct HalfTile {
   alignas(64) uint32_t octets[kTileRoom];
   alignas(64) float gains[kTileRoom];
   alignas(64) float shifts[kTileRoom];  // +d or -d
+  const uint8_t* signs;  // in the plane, or a copy of them, filled up
   alignas(64) uint8_t last_signs[kTileRoom];
-  const uint8_t* signs;
-  const uint8_t* wide;    // null, or 16 bits of each rest, which are not in `rests`,
-  const uint8_t* narrow;  // and the two bits above them
 };
 
 // Rows of activations, each in the order that the loops want, filled up with zeros to `octets` octets.
@@ -47,7 +45,6 @@ struct HalfInputs {
 // All take whole lanes. Where the code has a table of octets, a tile comes with rests alone, and the loops look its octets,
 // gains and shifts up; a rest that is too large is taken as the last one.
 struct HalfLoops {
-  bool reads_planes;  // takes a tile's `wide` and `narrow`
   // rests of `count` groups of 8 from group `first` on
   void (*read)(const uint8_t* const* planes, int bits, int64_t first, int count, uint32_t* rests);
   // the largest of them

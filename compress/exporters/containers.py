@@ -53,7 +53,7 @@ def container_of(name: str, matrix: QuantizedMatrix) -> Container:
     if block is None:
         raise ExportError(
             f"'{name}': groups of {group} weights do not divide into ONNX Runtime's blocks of 16 or more.",
-            remedy="Quantize with groups of a multiple of 16.",
+            remedy="Quantize again with --codec pyramid, or half_pyramid:dim=16.",
         )
     blocks = -(-columns // block)
     scales = scales.repeat_interleave(group // block, 1)[:, :blocks].contiguous()

@@ -26,7 +26,7 @@ def quantize(
     model: nn.Module | str | Path,
     *,
     bits: float = 3.25,
-    codec: str | Codec = "pyramid",
+    codec: str | Codec = "half_pyramid",
     events: Events | None = None,
 ) -> nn.Module:
     """Quantize the linear maps in the blocks of `model` to at most `bits` a weight on average; returns the model.

@@ -70,7 +70,9 @@ class QuantizeRecipe(Part):
     """Give the linear maps of the model's blocks few bits."""
 
     bits: float = Field(gt=0, le=32, description="bits per weight over the target set, everything stored counted")
-    codec: Method = Method(name="pyramid")
+    codec: Method = Field(
+        Method(name="half_pyramid"), description="how a matrix becomes bits; pyramid where the result is exported"
+    )
     max_shard_bytes: Count = Field(5_000_000_000, description="size at which a new weight file is begun")
 
 
@@ -106,6 +108,15 @@ class Recipe(Part):
     quantize: QuantizeRecipe | None = None
     export: list[ExportRecipe] = []
     evaluate: EvaluateRecipe | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _codec_for_export(cls, data: Any) -> Any:
+        """Without a choice, a result that is exported is quantized by a codec that stock containers hold."""
+        quantize = data.get("quantize") if isinstance(data, dict) else None
+        if not isinstance(quantize, dict) or "codec" in quantize or not data.get("export"):
+            return data
+        return {**data, "quantize": {**quantize, "codec": "pyramid"}}
 
     @model_validator(mode="after")
     def _coherent(self) -> Recipe:

@@ -193,7 +193,7 @@ def test_threads_and_chunks_do_not_change_the_bytes(monkeypatch: pytest.MonkeyPa
     whole = pyramid.quantize(weight, pyramid.spec(52)).payload()
     monkeypatch.setattr("compress.codecs.row_search.CHUNK_WEIGHTS", 160)
     monkeypatch.setattr("compress.codecs.rows.CHUNK_ROWS", 7)
-    monkeypatch.setattr("compress.ops.reference.CHUNK_ELEMENTS", 64)
+    monkeypatch.setattr("compress.ops.search.CHUNK_ELEMENTS", 64)
     assert torch.equal(pyramid.quantize(weight, pyramid.spec(52)).payload(), whole)
 
 

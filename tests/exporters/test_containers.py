@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from compress.codecs import codec
-from compress.codecs.base import CodecSpec, QuantizedMatrix
+from compress.codecs.base import CodecSpec, QuantizedMatrix, product
 from compress.errors import ExportError
 from compress.exporters.containers import Container, container_of
 
@@ -21,6 +21,9 @@ class Matrix(QuantizedMatrix):
 
     def integers(self) -> tuple[Tensor, Tensor]:
         return self.factors
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return product(self, dtype)
 
 
 def weight_of(container: Container) -> Tensor:

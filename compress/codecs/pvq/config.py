@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import ClassVar
 
 from compress.errors import UsageError
-from compress.ops.tables import counts, index_bits
+from compress.ops.tables import counts
 
 LARGEST = 127
 """Bound on |y_i|: vectors are handed out as int8. Taller ones are not counted."""
@@ -55,8 +55,8 @@ def limit_of(pulses: int) -> int:
 def widths_of(config: PvqConfig) -> dict[int, int]:
     """Code width -> pulses K, ascending. Widths whose K a smaller one has too are left out: their codes are padding."""
     if config.pulses:
-        bits = index_bits(config.dim, config.pulses, limit_of(config.pulses))
-        return {bits + config.gain_bits: config.pulses}
+        sizes = _sizes(config.dim, 1 << config.pulses.bit_length())
+        return {(sizes[config.pulses] - 1).bit_length() + config.gain_bits: config.pulses}
     widths: dict[int, int] = {}
     most = int(HIGHEST_RATE * config.dim)
     for pulses, bits in enumerate(_growing(config.dim, most - config.gain_bits), start=1):
@@ -68,11 +68,17 @@ def widths_of(config: PvqConfig) -> dict[int, int]:
 
 def _growing(dim: int, most: int) -> list[int]:
     """Index bits of K = 1, 2, ... pulses, as long as the codebook grows with K and its index has <= `most` bits."""
-    pulses = 4 * dim
+    pulses = 64
     while True:
-        sizes = counts(dim, pulses, LARGEST)[dim]
+        sizes = _sizes(dim, pulses)
         bits = [(size - 1).bit_length() for size in sizes]
         for k in range(1, pulses + 1):
             if sizes[k] <= sizes[k - 1] or bits[k] > most:
                 return bits[1:k]
         pulses *= 2
+
+
+@lru_cache(maxsize=64)
+def _sizes(dim: int, most: int) -> tuple[int, ...]:
+    """N(dim, K) of the bounded pyramids for K = 0..most; asked for by powers of two, so that few are computed."""
+    return counts(dim, most, LARGEST)[dim]

@@ -37,6 +37,7 @@ INFINITE = 1e9
 
 def round_and_fix(x: Tensor, pulses: int, limit: int) -> Tensor:
     """y int8 [G, D] nearest to the groups x float32 [G, D] after these are scaled to ||x||_1 = K."""
+    x = _unit(x)
     return _nearest(x, _sum(x.abs()) / pulses, pulses, limit)
 
 
@@ -45,7 +46,7 @@ def best_direction(x: Tensor, pulses: int, limit: int) -> Tensor:
     y = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     step = max(1, CHUNK_WEIGHTS // x.shape[1])
     for start in range(0, x.shape[0], step):
-        y[start : start + step] = _Search(x[start : start + step], pulses, limit).run()
+        y[start : start + step] = _Search(_unit(x[start : start + step]), pulses, limit).run()
     return y
 
 
@@ -120,6 +121,12 @@ def _bound(low: Tensor, high: Tensor) -> Tensor:
     (u1, n1, d1), (u2, n2, d2) = low.unbind(1), high.unbind(1)
     n = ((d2 - d1) / 2 + u1 * n1 - u2 * n2) / (u1 - u2)
     return n * n / (d1 + 2 * u1 * (n - n1))
+
+
+def _unit(x: Tensor) -> Tensor:
+    """The groups scaled to a largest magnitude of 1, which moves no direction and keeps products off float32's ends."""
+    largest = x.abs().amax(-1, keepdim=True)
+    return x / torch.where(largest > 0, largest, 1)
 
 
 def products(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -63,7 +63,13 @@ class Launcher(Protocol):
     def limits(self, device: torch.device) -> Limits: ...
 
     def launch(
-        self, kernel: Kernel, device: torch.device, grid: int, block: int, shared_bytes: int, arguments: Sequence[Argument]
+        self,
+        kernel: Kernel,
+        device: torch.device,
+        grid: int,
+        block: int,
+        shared_bytes: int,
+        arguments: Sequence[Argument],
     ) -> None: ...
 
 
@@ -85,7 +91,7 @@ def source_headers() -> dict[str, str]:
 def translation_unit(kernel: Kernel) -> str:
     """The source behind its macros and the integers that NVRTC lacks."""
     macros = "".join(f"#define {name} {_literal(value)}\n" for name, value in kernel.macros)
-    return f'{macros}#include <cstdint>\n{(source_folder() / kernel.source).read_text(encoding="utf-8")}'
+    return f"{macros}#include <cstdint>\n{(source_folder() / kernel.source).read_text(encoding='utf-8')}"
 
 
 def _literal(value: int) -> str:
@@ -104,9 +110,15 @@ def compile_kernel(kernel: Kernel, architecture: int) -> bytes:
     from cupy_backends.cuda.libs import nvrtc
 
     headers = source_headers()
-    program = nvrtc.createProgram(
-        translation_unit(kernel), kernel.source, list(headers.values()), list(headers.keys())
-    )
+    try:
+        program = nvrtc.createProgram(
+            translation_unit(kernel),
+            kernel.source,
+            [text.encode() for text in headers.values()],
+            [name.encode() for name in headers],
+        )
+    except RuntimeError as error:  # of CuPy's search for the library
+        raise DependencyError("nvidia-cuda-nvrtc", "gpu") from error
     try:
         nvrtc.compileProgram(program, list(compile_options(kernel, architecture)))
         return bytes(nvrtc.getCUBIN(program))
@@ -182,7 +194,13 @@ class CupyLauncher:
         return self._limits[index]
 
     def launch(
-        self, kernel: Kernel, device: torch.device, grid: int, block: int, shared_bytes: int, arguments: Sequence[Argument]
+        self,
+        kernel: Kernel,
+        device: torch.device,
+        grid: int,
+        block: int,
+        shared_bytes: int,
+        arguments: Sequence[Argument],
     ) -> None:
         index = _index(device)
         values = tuple(np.uint64(v.data_ptr()) if isinstance(v, Tensor) else v for v in arguments)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from compress.errors import CodecError, CompressError
+from compress.ops.bits import packed_bytes
 from compress.ops.half_pyramid.shape import MOST_LEVELS, HalfShape, plane_widths
 from compress.ops.half_pyramid.tables import LARGEST_WORD, half_tables
 from compress.ops.native import INSTRUCTIONS, INT, INT64, POINTER, NativeLibrary
-from compress.ops.reference import packed_bytes
 
 SIGNATURES: dict[str, list[type]] = {
     "compress_half_pack": [POINTER, POINTER, POINTER, POINTER, POINTER, INT64, INT],
@@ -178,9 +178,7 @@ class HalfPyramidLibrary:
         inputs = x.to(torch.float32).contiguous()
         place = (row_scales, row_scales.shape[0], x.shape[1])
         as_integers = int(activations == "int8")
-        if self._call(
-            "compress_half_linear", prepared, planes, *place, inputs, x.shape[0], as_integers, y, level
-        ):  # fmt: skip
+        if self._call("compress_half_linear", prepared, planes, *place, inputs, x.shape[0], as_integers, y, level):
             raise CompressError("Not enough memory for eight rows of activations.")
         return y.to(x.dtype)
 

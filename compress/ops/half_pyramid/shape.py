@@ -92,9 +92,11 @@ def _exact(levels: tuple[int, ...]) -> bool:
     )
 
 
-def uniform_levels(limit: int) -> tuple[int, ...]:
-    """1, 3, 5, ...: (m + 1/2) in units of a half."""
-    return tuple(range(1, 2 * limit + 2, 2))
+def uniform_levels(limit: int, coset: bool = False) -> tuple[int, ...]:
+    """m + 1/2 for m = 0..limit: 1, 3, 5, ... in units of a half; with a coset 2, 6, 10, ... in units of a quarter, so
+    that its shift can be a quarter."""
+    unit = 4 if coset else 2
+    return tuple(range(unit // 2, unit * (limit + 1), unit))
 
 
 @lru_cache(maxsize=256)

@@ -5,11 +5,13 @@ Ranks are exact: words are uint64 patterns in int64 tensors, and the first ranks
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from compress.ops.half_pyramid.reference import unrank_compositions
@@ -63,15 +65,17 @@ def half_tables(shape: HalfShape) -> HalfTables:
     )
 
 
-def _nibbles(m: np.ndarray) -> np.ndarray:
-    return (m << 4 * np.arange(m.shape[1])).sum(1)
+def _nibbles(m: NDArray[np.int64]) -> NDArray[np.int64]:
+    nibbles: NDArray[np.int64] = (m << 4 * np.arange(m.shape[1])).sum(1)
+    return nibbles
 
 
-def _octets(shape: HalfShape, quads: np.ndarray, starts: np.ndarray) -> np.ndarray:
+def _octets(shape: HalfShape, quads: NDArray[np.int64], starts: NDArray[np.int64]) -> NDArray[np.int32]:
     """All pairs of quads, in the order of their ranks."""
     if shape.dim != 8 or shape.ranks > DIRECT_RANKS:
         return np.empty(0, dtype=np.int32)
-    spread = sum((quads >> 4 * b & 15) << 8 * b for b in range(4))
-    halves = [spread[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+    places = np.arange(4)
+    spread = ((quads[:, None] >> 4 * places & 15) << 8 * places).sum(1)
+    halves = [spread[a:b] for a, b in itertools.pairwise(starts)]
     pairs = [(halves[j][:, None] | halves[shape.pulses - j] << 4).ravel() for j in range(shape.pulses + 1)]
     return np.concatenate(pairs).astype(np.uint32).view(np.int32)
