@@ -1,8 +1,9 @@
 // Every row of x [rows, HADAMARD_COLUMNS] times H / sqrt(n), n = 2^k up to 32768, in HALF_TYPE, in place or not.
 //
-// Element i = (e W + w) 32 + lane of a row lies in register e of thread (w, lane). The bits of e are done in registers,
-// those of the lane by shuffles; then the row goes through shared memory once, and a thread gets the W elements of some
-// (e, lane), whose bits of w it does in registers.
+// Element i = (e W + w) 32 + lane of a row lies in register e of thread (w, lane). The bits of e are done in registers.
+// With one warp a row those of the lane follow by shuffles; with more, the row goes through shared memory, where a thread
+// takes the 32 elements of some (e, w), and then the W elements of some (e, lane). Runs of 32 are padded by one, so that
+// no access finds two lanes in one bank.
 #include "gpu.cuh"
 
 #if !defined(HADAMARD_COLUMNS)
@@ -19,6 +20,7 @@ constexpr int kColumns = HADAMARD_COLUMNS;
 constexpr int kHeld = kColumns <= 32 ? 1 : kColumns <= 1024 ? kColumns / 32 : 32;
 constexpr int kWarps = kColumns / (32 * kHeld) > 1 ? kColumns / (32 * kHeld) : 1;
 constexpr int kSets = kHeld / kWarps > 0 ? kHeld / kWarps : 1;  // of W elements, of a thread
+constexpr int kPitch = 33;
 constexpr int kLanes = kColumns < 32 ? kColumns : 32;
 
 // The transform of kCount numbers, without its scale.
@@ -62,7 +64,7 @@ __device__ __forceinline__ void write(const float* values, float scale, int lane
 
 }  // namespace compress
 
-extern "C" __global__ void __launch_bounds__(32 * compress::kWarps)
+extern "C" __global__ void __launch_bounds__(32 * compress::kWarps, 1)
     hadamard(const compress::T::Bits* x, compress::T::Bits* y, float scale) {
   using namespace compress;
   extern __shared__ float row[];
@@ -71,22 +73,30 @@ extern "C" __global__ void __launch_bounds__(32 * compress::kWarps)
   y += static_cast<int64_t>(blockIdx.x) * kColumns;
   float values[kHeld];
 #pragma unroll
-  for (int e = 0; e < kHeld; ++e) values[e] = kLanes == 32 || lane < kLanes ? T::number(x[(e * kWarps + warp) * 32 + lane]) : 0.0f;
+  for (int e = 0; e < kHeld; ++e)
+    values[e] = kLanes == 32 || lane < kLanes ? T::number(x[(e * kWarps + warp) * 32 + lane]) : 0.0f;
   transform<kHeld>(values);
-  transform_lanes(values, lane);
-  if constexpr (kWarps > 1) {
+  if constexpr (kWarps == 1) {
+    transform_lanes(values, lane);
+    write<kHeld>(values, scale, lane, y);
+  } else {
 #pragma unroll
-    for (int e = 0; e < kHeld; ++e) row[(e * kWarps + warp) * 32 + lane] = values[e];
+    for (int e = 0; e < kHeld; ++e) row[(e * kWarps + warp) * kPitch + lane] = values[e];
+    __syncthreads();
+    float* run = row + threadIdx.x * kPitch;
+#pragma unroll
+    for (int i = 0; i < 32; ++i) values[i] = run[i];
+    transform<32>(values);
+#pragma unroll
+    for (int i = 0; i < 32; ++i) run[i] = values[i];
     __syncthreads();
 #pragma unroll 1
     for (int e = warp * kSets; e < (warp + 1) * kSets; ++e) {
       float across[kWarps];
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) across[w] = row[(e * kWarps + w) * 32 + lane];
+      for (int w = 0; w < kWarps; ++w) across[w] = row[(e * kWarps + w) * kPitch + lane];
       transform<kWarps>(across);
       write<kWarps>(across, scale, lane, y + e * kWarps * 32);
     }
-  } else {
-    write<kHeld>(values, scale, lane, y);
   }
 }

@@ -42,15 +42,17 @@ class LookUp {
       : tile_(tile),
         table_(code.octets),
         gains_(code.gains),
+        gain_count_(code.gain_count),
         last_(_mm256_set1_epi32(static_cast<int>(code.last_low))),
         radix_(_mm256_set1_epi32(code.gain_count)),
         down_(_mm_cvtsi32_si128(code.shift > 0)),
         up_(_mm_cvtsi32_si128(code.shift == 0)),
         inverse_(_mm256_set1_ps(0.5f / static_cast<float>(code.gain_count) * (kShort ? 1.0f : 1.0f - 0x1p-22f))),
         shift_(_mm256_set1_ps(static_cast<float>(code.shift))) {
-    alignas(32) float padded[8] = {};
-    for (int i = 0; i < 8 && i < code.gain_count; ++i) padded[i] = gains_[i];
-    few_gains_ = _mm256_load_ps(padded);
+    alignas(32) float padded[16] = {};
+    for (int i = 0; i < 16 && i < code.gain_count; ++i) padded[i] = gains_[i];
+    first_gains_ = _mm256_load_ps(padded);
+    next_gains_ = _mm256_load_ps(padded + 8);
   }
 
   void operator()(int i) const {
@@ -67,12 +69,19 @@ class LookUp {
     }
     look_up(_mm256_castsi256_si128(rank), tile_.octets + i);
     look_up(_mm256_extracti128_si256(rank, 1), tile_.octets + i + 4);
-    const __m256 gains = kShort ? _mm256_permutevar8x32_ps(few_gains_, gain) : _mm256_i32gather_ps(gains_, gain, 4);
-    _mm256_store_ps(tile_.gains + i, gains);
+    _mm256_store_ps(tile_.gains + i, gains_at(gain));
     _mm256_store_ps(tile_.shifts + i, _mm256_xor_ps(shift_, _mm256_castsi256_ps(_mm256_slli_epi32(rest, 31))));
   }
 
  private:
+  __m256 gains_at(__m256i index) const {
+    const __m256 first = _mm256_permutevar8x32_ps(first_gains_, index);
+    if (kShort) return first;
+    if (gain_count_ > 16) return _mm256_i32gather_ps(gains_, index, 4);
+    const __m256 above = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+    return _mm256_blendv_ps(first, _mm256_permutevar8x32_ps(next_gains_, index), above);
+  }
+
   // By single loads and stores: a gather, or insertions into a register, take longer.
   void look_up(__m128i ranks, uint32_t* octets) const {
     const uint64_t low = static_cast<uint64_t>(_mm_cvtsi128_si64(ranks));
@@ -85,9 +94,10 @@ class LookUp {
   HalfTile& tile_;
   const uint32_t* table_;
   const float* gains_;
+  int gain_count_;
   __m256i last_, radix_;
   __m128i down_, up_;
-  __m256 inverse_, shift_, few_gains_;
+  __m256 inverse_, shift_, first_gains_, next_gains_;
 };
 
 bool is_short(const HalfCode& code) { return code.gain_count <= 8 && code.last_low < (1u << 21); }

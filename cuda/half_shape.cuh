@@ -6,12 +6,12 @@
 #define HALF_DIM 8
 #define HALF_REST 18
 #define HALF_PULSES 10
-#define HALF_LIMIT 7
-#define HALF_GAINS 6
+#define HALF_LIMIT 6
+#define HALF_GAINS 7
 #define HALF_SHIFT 5
-#define HALF_LOWEST 10
+#define HALF_LOWEST 11
 #define HALF_STRIDE 16
-#define HALF_CODES_LOW 229920ull
+#define HALF_CODES_LOW 258832ull
 #define HALF_CODES_HIGH 0ull
 #define HALF_DIRECT 1
 #define HALF_WHOLE 1

@@ -6,7 +6,7 @@
 #include "gpu.cuh"
 
 #if !defined(HALF_TABLE)  // words of 4 bytes of the direct table; words of 8 and quads of 2 of the others
-#define HALF_TABLE 21848
+#define HALF_TABLE 18728
 #define HALF_WORDS 0
 #define HALF_QUADS 0
 #endif

@@ -109,8 +109,8 @@ class QuantizedMatrix:
         tensors: dict[str, Tensor] = {}
         start = 0
         for part in layout:
-            piece = payload[start : start + part.nbytes].clone()
-            tensors[part.name] = piece.view(part.dtype).view(part.shape)
+            piece = payload[start : start + part.nbytes]
+            tensors[part.name] = piece.clone().view(part.dtype).view(part.shape)
             start += part.nbytes
         return cls(spec, shape, tensors)
 
@@ -195,6 +195,11 @@ class Codec(Protocol):
 
     def decode(self, matrix: QuantizedMatrix, dtype: torch.dtype) -> Tensor:
         """See `QuantizedMatrix.dequantize`; `product` is one way."""
+        ...
+
+    def linear(self, matrix: QuantizedMatrix, x: Tensor) -> Tensor | None:
+        """x W^T [R, o] in x's dtype for x [R, n], from the packed weight or one that is decoded for this product alone;
+        None where decoding takes so long that the caller should keep what it gives."""
         ...
 
     def containers(self, spec: CodecSpec) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from compress.codecs.finite import refuse_not_finite
 from compress.codecs.rows import TOP, initial_codes, row_scales
 from compress.errors import CodecError, NumericsError
 
@@ -52,7 +53,7 @@ def encode_matrix(weight: Tensor, dim: int, encode: Encoder) -> tuple[Tensor, Te
     if weight.ndim != 2 or not weight.is_floating_point():
         raise CodecError(f"A codec takes a matrix of floats, not {list(weight.shape)} of {weight.dtype}.")
     weight = weight.detach().to(torch.float32)
-    _refuse_not_finite(weight)
+    refuse_not_finite(weight)
     rows, columns = weight.shape
     scale, codes = initial_codes(weight)
     if float(scale) > LARGEST_SCALE:
@@ -147,14 +148,3 @@ def fill_groups(weight: Tensor, dim: int) -> Tensor:
         tail = weight[:, columns - (dim - missing) :].abs().mean(1, keepdim=True)
         weight = torch.cat([weight, tail.expand(rows, missing)], 1)
     return weight.reshape(rows, groups, dim)
-
-
-def _refuse_not_finite(weight: Tensor) -> None:
-    if all(bool(torch.isfinite(chunk).all()) for chunk in weight.flatten().split(CHUNK_WEIGHTS)):
-        return
-    bad = ~torch.isfinite(weight)
-    row, column = (int(place) for place in bad.nonzero()[0])
-    raise NumericsError(
-        f"The weight at row {row}, column {column} is {float(weight[row, column])} in float32 "
-        f"({int(bad.sum())} of {weight.numel()} are not finite)."
-    )

@@ -6,6 +6,7 @@
 from compress.ops import reference
 from compress.ops.divergences import divergence_rows, native_divergences
 from compress.ops.half_pyramid.library import (
+    fused_devices,
     half_pyramid_decode,
     half_pyramid_encode,
     half_pyramid_linear,
@@ -26,6 +27,7 @@ __all__ = [
     "backend",
     "codebook_size",
     "divergence_rows",
+    "fused_devices",
     "half_pyramid_decode",
     "half_pyramid_encode",
     "half_pyramid_linear",

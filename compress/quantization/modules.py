@@ -2,8 +2,9 @@
 
 A `PackedLinear` stands where an `nn.Linear` stood and computes the same map with the decoded weight,
 y = x W^T + b. Its state is what is stored: the payload, one flat `int8` tensor called `weight` like the original one,
-and the bias. The decoded weight is kept after its first use, outside the state: decoding costs as much as many
-products, and a model that is run at all needs it again at the next token.
+and the bias. Where the codec has kernels, a few rows of activations are multiplied with the packed weight itself, and
+for many it is decoded anew: memory stays that of the payload. Else it is decoded at its first use and kept, outside the
+state: decoding then costs as much as many products, and a model that is run at all needs it again.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = out_features, in_features
         self.register_buffer("weight", payload)
         self.register_parameter("bias", None)
+        self._matrix: QuantizedMatrix | None = None
         self._decoded: Tensor | None = None
 
     @classmethod
@@ -58,6 +60,13 @@ class PackedLinear(nn.Module):
         """The matrix as codes, for exporters. Raises `ArtifactError` when the payload has the wrong length."""
         return QuantizedMatrix.from_payload(self.spec, (self.out_features, self.in_features), self.weight)
 
+    def product(self, x: Tensor) -> Tensor | None:
+        """x W^T, or None where the weight should be decoded and kept; see `Codec.linear`."""
+        if self._matrix is None:
+            self._matrix = self.quantized()
+        y = codec_of(self.spec).linear(self._matrix, x.reshape(-1, self.in_features))
+        return None if y is None else y.view(*x.shape[:-1], self.out_features)
+
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """W [out, in] in `dtype`, on the payload's device."""
         if self._decoded is None or self._decoded.dtype != dtype:
@@ -66,7 +75,10 @@ class PackedLinear(nn.Module):
         return self._decoded
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self.decoded(x.dtype), self.bias)
+        y = self.product(x)
+        if y is None:
+            return functional.linear(x, self.decoded(x.dtype), self.bias)
+        return y if self.bias is None else y + self.bias
 
     def to_linear(self, dtype: torch.dtype) -> nn.Linear:
         """An ordinary `nn.Linear` with the decoded weight."""
@@ -80,12 +92,12 @@ class PackedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, codec={self.spec.codec}, width={self.spec.width}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._decoded = None  # the payload moves; what was decoded on the old device is void
+        self._matrix = self._decoded = None  # the payload moves; what was read on the old device is void
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
-        self._decoded = None  # the payload changes
+        self._matrix = self._decoded = None  # the payload changes
         super()._load_from_state_dict(*args, **kwargs)
 
 

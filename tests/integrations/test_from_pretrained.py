@@ -85,7 +85,8 @@ def test_bfloat16(llama: Any, folder: Path) -> None:
     assert found.dtype == torch.bfloat16
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).dequantize()
     assert plain.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
-    assert torch.equal(found, families.logits(plain, ids))
+    # a product with packed weights does not round them to bfloat16 first
+    torch.testing.assert_close(found, families.logits(plain, ids), rtol=0, atol=2.0**-6 * float(found.abs().max()))
 
 
 def test_dequantize(llama: Any, folder: Path) -> None:

@@ -79,7 +79,8 @@ def test_encode_equals_dynamic_programming(
 
 
 @pytest.mark.parametrize(
-    ("dim", "levels", "shift", "pulses"), [(3, TABLE, 4, 5), (4, (9, 26, 40), 0, 4), (5, TABLE, 6, 6), (6, (3, 8), 1, 3)]
+    ("dim", "levels", "shift", "pulses"),
+    [(3, TABLE, 4, 5), (4, (9, 26, 40), 0, 4), (5, TABLE, 6, 6), (6, (3, 8), 1, 3)],
 )
 def test_encode_equals_brute_force(dim: int, levels: tuple[int, ...], shift: int, pulses: int) -> None:
     x = source_of("gaussian", 200, dim, dim)

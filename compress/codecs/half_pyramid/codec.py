@@ -19,9 +19,10 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from compress import ops
-from compress.codecs.base import CodecSpec, FieldLayout, QuantizedMatrix, exact_containers
+from compress.codecs.base import CodecSpec, FieldLayout, Option, QuantizedMatrix, exact_containers
 from compress.codecs.half_pyramid.table import VERSION, Entry, Key, shipped_tables
 from compress.codecs.registry import register_codec
 from compress.codecs.row_search import Groups, encode_matrix
@@ -29,6 +30,10 @@ from compress.codecs.rows import row_scales
 from compress.errors import ArtifactError, UsageError
 from compress.ops.bits import packed_bytes
 from compress.ops.half_pyramid.shape import plane_widths
+
+FUSED_ROWS = 8
+"""Rows of activations that a processor multiplies with packed weights; more are worth decoding them for."""
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ class HalfPyramidCodec:
                 f"The half-integer pyramid of dim={self.config.dim} has no code of {width} bits.",
                 remedy=f"Its widths are {widths[0]} to {widths[-1]} bits per {self.config.dim} weights.",
             )
-        options = {"coset": bool(self.config.coset), "levels": self.config.levels, "table": VERSION}
+        options: dict[str, Option] = {"coset": bool(self.config.coset), "levels": self.config.levels, "table": VERSION}
         return CodecSpec("half_pyramid", width, self.config.dim, options)
 
     def layout(self, spec: CodecSpec, shape: tuple[int, int]) -> tuple[FieldLayout, ...]:
@@ -116,7 +121,8 @@ class HalfPyramidCodec:
             return Groups(values, gains[gain], (gain, coset))
 
         scale, rows, groups = encode_matrix(weight, spec.dim, encode)
-        planes = ops.half_pyramid_pack(groups.values, *groups.fields, shape, spec.width)
+        gain, coset = groups.fields
+        planes = ops.half_pyramid_pack(groups.values, gain, coset, shape, spec.width)
         size = (weight.shape[0], weight.shape[1])
         names = [part.name for part in self.layout(spec, size)]
         return QuantizedMatrix(spec, size, dict(zip(names, (scale, rows, *planes), strict=True)))
@@ -133,6 +139,18 @@ class HalfPyramidCodec:
         shape = entry_of(matrix.spec).shape
         scales = row_scales(matrix.tensors["scale"], matrix.tensors["rows"])
         return ops.half_pyramid_decode(planes_of(matrix), scales, matrix.shape[1], shape, matrix.spec.width, dtype)
+
+    def linear(self, matrix: QuantizedMatrix, x: Tensor) -> Tensor | None:
+        if x.dtype not in FLOATS or x.device.type not in ops.fused_devices():
+            return None
+        with_gradient = torch.is_grad_enabled() and x.requires_grad
+        if with_gradient or (x.shape[0] > FUSED_ROWS and x.device.type == "cpu"):
+            with torch.no_grad():
+                weight = self.decode(matrix, x.dtype)
+            return functional.linear(x, weight)
+        shape = entry_of(matrix.spec).shape
+        scales = row_scales(matrix.tensors["scale"], matrix.tensors["rows"])
+        return ops.half_pyramid_linear(x, planes_of(matrix), scales, shape, matrix.spec.width)
 
     def containers(self, spec: CodecSpec) -> tuple[str, ...]:
         shape = entry_of(spec).shape

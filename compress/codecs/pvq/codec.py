@@ -125,6 +125,9 @@ class PvqCodec:
     def decode(self, matrix: QuantizedMatrix, dtype: torch.dtype) -> Tensor:
         return product(matrix, dtype)
 
+    def linear(self, matrix: QuantizedMatrix, x: Tensor) -> Tensor | None:
+        return None
+
     def containers(self, spec: CodecSpec) -> tuple[str, ...]:
         return exact_containers(spec.dim, limit_of(config_of(spec).pulses))
 

@@ -114,6 +114,9 @@ class PyramidCodec:
     def decode(self, matrix: QuantizedMatrix, dtype: torch.dtype) -> Tensor:
         return product(matrix, dtype)
 
+    def linear(self, matrix: QuantizedMatrix, x: Tensor) -> Tensor | None:
+        return None
+
     def containers(self, spec: CodecSpec) -> tuple[str, ...]:
         return exact_containers(spec.dim, shape_of(spec).limit)
 

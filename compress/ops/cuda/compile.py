@@ -11,6 +11,7 @@ the encoder's codes differ from those of other machines, and its cache does not 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -106,8 +107,7 @@ def compile_options(kernel: Kernel, architecture: int) -> tuple[str, ...]:
 
 def compile_kernel(kernel: Kernel, architecture: int) -> bytes:
     """The binary (a cubin) of a kernel. Raises `DependencyError` without CuPy, `CompressError` with NVRTC's words."""
-    require_cupy()
-    from cupy_backends.cuda.libs import nvrtc
+    nvrtc = _nvrtc()
 
     headers = source_headers()
     try:
@@ -132,6 +132,11 @@ def compile_kernel(kernel: Kernel, architecture: int) -> bytes:
         nvrtc.destroyProgram(program)
 
 
+def _nvrtc() -> Any:
+    require_cupy()
+    return importlib.import_module("cupy_backends.cuda.libs.nvrtc")
+
+
 def require_cupy() -> None:
     """Raises `DependencyError` where CuPy is not installed."""
     if importlib.util.find_spec("cupy") is None:
@@ -144,8 +149,7 @@ def cache_folder() -> Path:
 
 def cached_binary(kernel: Kernel, architecture: int, folder: Path) -> Path:
     """The file with the kernel's binary, compiled now unless it is there."""
-    require_cupy()
-    from cupy_backends.cuda.libs import nvrtc
+    nvrtc = _nvrtc()
 
     parts = [str(nvrtc.getVersion()), *compile_options(kernel, architecture), translation_unit(kernel)]
     parts += [text for item in source_headers().items() for text in item]
@@ -180,9 +184,7 @@ class CupyLauncher:
 
     @cached_property
     def _cupy(self) -> Any:
-        import cupy
-
-        return cupy
+        return importlib.import_module("cupy")
 
     def limits(self, device: torch.device) -> Limits:
         index = _index(device)

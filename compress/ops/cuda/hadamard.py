@@ -1,4 +1,4 @@
-"""The fast Walsh-Hadamard transform of rows on a GPU: one pass over memory, in registers, shuffles and shared memory."""
+"""The fast Walsh-Hadamard transform of rows on a GPU: one pass over memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def hadamard_rows(x: Tensor, launcher: Launcher) -> Tensor:
     columns = x.shape[-1] if x.ndim else 0
     if x.dtype not in TYPES or not 1 <= columns <= LARGEST_COLUMNS or columns & (columns - 1):
         raise CompressError(
-            f"The Hadamard transform takes rows of 2^k floats, at most {LARGEST_COLUMNS}, not {x.dtype} {list(x.shape)}."
+            f"The Hadamard transform takes rows of 2^k floats up to {LARGEST_COLUMNS}, not {x.dtype} {list(x.shape)}."
         )
     x = x.contiguous()
     y = torch.empty_like(x)
@@ -33,7 +33,7 @@ def hadamard_rows(x: Tensor, launcher: Launcher) -> Tensor:
     if rows:
         kernel = Kernel("hadamard.cu", "hadamard", (("HADAMARD_COLUMNS", columns), ("HALF_TYPE", TYPES[x.dtype])))
         warps = max(1, columns // 1024)
-        shared = 4 * columns if warps > 1 else 0
+        shared = 4 * 33 * columns // 32 if warps > 1 else 0
         scale = np.float32(1 / math.sqrt(columns))
         launcher.launch(kernel, x.device, rows, 32 * warps, shared, (x, y, scale))
     return y

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -116,10 +117,21 @@ class CudaKernels:
         """Rows first ... of W to `out`; `first` is a multiple of 8."""
         layout = packed.layout(STATIC_SHARED)
         groups = rows * packed.groups
-        grid = min(-(-groups // 512), 2 * packed.limits.processors)
-        arguments = (packed.scales[first : first + rows], out, np.int64(groups), np.int32(packed.groups))
-        self._launch("half_decode", packed, layout, TYPES[out.dtype], grid, 512, 0, packed.from_row(first), packed.tables(layout).gains,
-                     (*arguments, np.int32(packed.columns)))  # fmt: skip
+        launch = _Launch(
+            "half_decode",
+            packed.planes_from(first),
+            packed.tables(layout).gains,
+            (
+                packed.scales[first : first + rows],
+                out,
+                np.int64(groups),
+                np.int32(packed.groups),
+                np.int32(packed.columns),
+            ),
+            grid=min(-(-groups // 512), 2 * packed.limits.processors),
+            block=512,
+        )
+        self._launch(packed, layout, out.dtype, launch)
 
     def _fused(self, packed: _Packed, x: Tensor) -> Tensor:
         count, columns = x.shape
@@ -129,10 +141,17 @@ class CudaKernels:
         tables = packed.tables(layout)
         steps = self._inputs("half_inputs", x, spans * 32, inputs, tables.unit)
         y = torch.empty((count, packed.rows), dtype=x.dtype, device=x.device)
-        grid = min(-(-packed.rows // 16), packed.limits.processors)
-        arguments = (packed.scales, inputs, steps, y, *map(np.int32, (packed.rows, packed.groups, spans, count)))
-        self._launch("half_gemv", packed, layout, TYPES[x.dtype], grid, 512, 2 * inputs.numel() * share, packed.planes,
-                     tables.pairs, arguments, (("HALF_SHARE_INPUTS", int(share)),))  # fmt: skip
+        launch = _Launch(
+            "half_gemv",
+            packed.planes,
+            tables.pairs,
+            (packed.scales, inputs, steps, y, *_integers(packed.rows, packed.groups, spans, count)),
+            grid=min(-(-packed.rows // 16), packed.limits.processors),
+            block=512,
+            shared_bytes=2 * inputs.numel() * share,
+            macros=(("HALF_SHARE_INPUTS", int(share)),),
+        )
+        self._launch(packed, layout, x.dtype, launch)
         return y
 
     def _fused_int8(self, packed: _Packed, x: Tensor) -> Tensor:
@@ -142,13 +161,19 @@ class CudaKernels:
         layout, share = packed.layout_with(inputs.numel())
         steps = self._inputs("half_inputs_int8", x, tiles * WARP * 8, inputs, 1.0)
         y = torch.empty((count, packed.rows), dtype=x.dtype, device=x.device)
-        threads = 1024 if count <= 2 else 512
-        parts = warps_of_row(packed.rows, tiles, threads // WARP, packed.limits.processors)
-        grid = min(-(-packed.rows * parts // (threads // WARP)), packed.limits.processors)
-        arguments = (packed.scales, inputs, steps, y, *map(np.int32, (packed.rows, packed.groups, tiles, parts)))
-        self._launch("half_gemv_int8", packed, layout, TYPES[x.dtype], grid, threads, inputs.numel() * share,
-                     packed.planes, packed.tables(layout).gains, arguments,
-                     (("HALF_ROWS", count), ("HALF_SHARE_INPUTS", int(share))))  # fmt: skip
+        warps = 32 if count <= 2 else 16
+        parts = warps_of_row(packed.rows, tiles, warps, packed.limits.processors)
+        launch = _Launch(
+            "half_gemv_int8",
+            packed.planes,
+            packed.tables(layout).gains,
+            (packed.scales, inputs, steps, y, *_integers(packed.rows, packed.groups, tiles, parts)),
+            grid=min(-(-packed.rows * parts // warps), packed.limits.processors),
+            block=warps * WARP,
+            shared_bytes=inputs.numel() * share,
+            macros=(("HALF_ROWS", count), ("HALF_SHARE_INPUTS", int(share))),
+        )
+        self._launch(packed, layout, x.dtype, launch)
         return y
 
     def _tiled(self, packed: _Packed, x: Tensor) -> Tensor:
@@ -158,10 +183,17 @@ class CudaKernels:
         layout = packed.layout(GEMM_BUFFERS)
         tables = packed.tables(layout)
         y = torch.empty((count, packed.rows), dtype=x.dtype, device=x.device)
-        grid = min(-(-packed.rows // 128) * -(-count // 128), packed.limits.processors)
-        sizes = map(np.int32, (packed.rows, packed.groups, count, x.shape[1] // 8))
-        self._launch("half_gemm", packed, layout, TYPES[x.dtype], grid, 256, GEMM_BUFFERS, packed.planes,
-                     tables.unit_gains, (packed.scales, x, y, *sizes, np.float32(tables.unit)))  # fmt: skip
+        sizes = _integers(packed.rows, packed.groups, count, x.shape[1] // 8)
+        launch = _Launch(
+            "half_gemm",
+            packed.planes,
+            tables.unit_gains,
+            (packed.scales, x, y, *sizes, np.float32(tables.unit)),
+            grid=min(-(-packed.rows // 128) * -(-count // 128), packed.limits.processors),
+            block=256,
+            shared_bytes=GEMM_BUFFERS,
+        )
+        self._launch(packed, layout, x.dtype, launch)
         return y
 
     def _float32(self, packed: _Packed, x: Tensor) -> Tensor:
@@ -181,26 +213,32 @@ class CudaKernels:
         self.launcher.launch(Kernel("half_inputs.cu", name, macros), x.device, x.shape[0], 256, 0, arguments)
         return steps
 
-    def _launch(
-        self,
-        name: str,
-        packed: _Packed,
-        layout: Layout,
-        dtype: int,
-        grid: int,
-        block: int,
-        shared_bytes: int,
-        planes: Sequence[Tensor],
-        gains: Tensor,
-        arguments: Sequence[Argument],
-        macros: Macros = (),
-    ) -> None:
+    def _launch(self, packed: _Packed, layout: Layout, dtype: torch.dtype, launch: _Launch) -> None:
         tables = packed.tables(layout)
-        padded = [*planes, *[planes[0]] * (MOST_PLANES - len(planes))]
-        source = (*padded, tables.octets, tables.words, tables.quads, tables.starts, tables.lookups, gains)
-        kernel = Kernel(f"{name}.cu", name, (*layout.macros, ("HALF_TYPE", dtype), *macros))
-        total = layout.shared_bytes + shared_bytes
-        self.launcher.launch(kernel, gains.device, grid, block, total, (*source, *arguments))
+        planes = [*launch.planes, *[launch.planes[0]] * (MOST_PLANES - len(launch.planes))]
+        source = (*planes, tables.octets, tables.words, tables.quads, tables.starts, tables.lookups, launch.gains)
+        kernel = Kernel(f"{launch.name}.cu", launch.name, (*layout.macros, ("HALF_TYPE", TYPES[dtype]), *launch.macros))
+        shared_bytes = layout.shared_bytes + launch.shared_bytes
+        arguments = (*source, *launch.arguments)
+        self.launcher.launch(kernel, packed.scales.device, launch.grid, launch.block, shared_bytes, arguments)
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """A kernel that reads packed weights: its arguments behind the tables, its size, its shared memory beside them."""
+
+    name: str
+    planes: Sequence[Tensor]
+    gains: Tensor
+    arguments: Sequence[Argument]
+    grid: int
+    block: int
+    shared_bytes: int = 0
+    macros: Macros = ()
+
+
+def _integers(*values: int) -> tuple[np.int32, ...]:
+    return tuple(np.int32(value) for value in values)
 
 
 class _Packed:
@@ -227,7 +265,7 @@ class _Packed:
     def tables(self, layout: Layout) -> DeviceTables:
         return device_tables(self.shape, self.width, layout.direct, self.scales.device)
 
-    def from_row(self, first: int) -> list[Tensor]:
+    def planes_from(self, first: int) -> list[Tensor]:
         """The planes of some rows; `first` is a multiple of 8, so that their bits begin with a byte."""
         if first == 0:
             return self.planes

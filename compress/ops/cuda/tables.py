@@ -53,7 +53,8 @@ def direct_words(shape: HalfShape, width: int) -> int:
     rest = width - shape.dim
     if shape.dim != 8 or rest > WIDEST_DIRECT:
         return 0
-    return -(-(-(-(1 << rest) // digit_count(shape))) // 4) * 4
+    ranks = ((1 << rest) - 1) // digit_count(shape) + 1
+    return (ranks + 3) // 4 * 4
 
 
 @lru_cache(maxsize=32)

@@ -6,6 +6,7 @@ kernels the GPU. A shape (`HalfShape`) travels through torch as plain numbers.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Literal, Protocol, get_args
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from compress.errors import CodecError
 from compress.ops.bits import packed_bytes
+from compress.ops.cuda.half_pyramid import CudaKernels
 from compress.ops.half_pyramid import reference
 from compress.ops.half_pyramid.native import HalfPyramidLibrary
 from compress.ops.half_pyramid.shape import HalfShape, plane_widths
@@ -22,6 +24,7 @@ from compress.ops.library import LIBRARY_PATH
 
 Activations = Literal["float", "int8"]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+HAS_CUPY = importlib.util.find_spec("cupy") is not None
 SHAPE = "int dim, int pulses, int[] levels, float[] gains, int shift"
 
 
@@ -235,7 +238,54 @@ def _fake_linear(x: Tensor, planes: list[Tensor], scales: Tensor, *numbers: Any)
     return x.new_empty((x.shape[0], scales.shape[0]))
 
 
+class Processor:
+    """The kernels for tensors on a device that has none of its own: copied to the CPU and back, which is slow."""
+
+    def encode(self, x: Tensor, scale: Tensor, shape: HalfShape) -> tuple[Tensor, Tensor, Tensor]:
+        if x.device.type == "cpu":
+            return reference.encode(x, scale, shape)
+        values, gain, coset = half_pyramid_encode(x.cpu(), scale.cpu(), shape)
+        return values.to(x.device), gain.to(x.device), coset.to(x.device)
+
+    def pack(self, values: Tensor, gain: Tensor, coset: Tensor, shape: HalfShape, width: int) -> list[Tensor]:
+        if values.device.type == "cpu":
+            return reference.pack(values, gain, coset, shape, width)
+        planes = half_pyramid_pack(values.cpu(), gain.cpu(), coset.cpu(), shape, width)
+        return [plane.to(values.device) for plane in planes]
+
+    def unpack(self, planes: list[Tensor], groups: int, shape: HalfShape, width: int) -> tuple[Tensor, Tensor]:
+        device = planes[0].device
+        if device.type == "cpu":
+            return reference.unpack(planes, groups, shape, width)
+        values, gain = half_pyramid_unpack([plane.cpu() for plane in planes], groups, shape, width)
+        return values.to(device), gain.to(device)
+
+    def decode(
+        self, planes: list[Tensor], scales: Tensor, columns: int, shape: HalfShape, width: int, dtype: torch.dtype
+    ) -> Tensor:
+        if scales.device.type == "cpu":
+            return reference.decode(planes, scales, columns, shape, width, dtype)
+        here = [plane.cpu() for plane in planes]
+        return half_pyramid_decode(here, scales.cpu(), columns, shape, width, dtype).to(scales.device)
+
+    def linear(
+        self, x: Tensor, planes: list[Tensor], scales: Tensor, shape: HalfShape, width: int, activations: str
+    ) -> Tensor:
+        if x.device.type == "cpu":
+            return reference.linear(x, planes, scales, shape, width, activations)
+        weight = self.decode(planes, scales, x.shape[1], shape, width, torch.float32)
+        return reference.product(x, weight, activations)
+
+
+def fused_devices() -> frozenset[str]:
+    """The types of the devices that multiply with packed half-integer pyramids without decoding them first."""
+    return FUSED
+
+
 declare()
-attach("default", reference)
+attach("default", Processor())
+FUSED = frozenset({*(("cpu",) if LIBRARY_PATH is not None else ()), *(("cuda",) if HAS_CUPY else ())})
+if HAS_CUPY:
+    attach("CUDA", CudaKernels())
 if LIBRARY_PATH is not None:
     attach("cpu", HalfPyramidLibrary(LIBRARY_PATH))

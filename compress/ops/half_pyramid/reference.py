@@ -19,7 +19,7 @@ Integers = NDArray[np.object_]
 
 
 def encode(x: Tensor, scale: Tensor, shape: HalfShape) -> tuple[Tensor, Tensor, Tensor]:
-    """v int8 [G, D], gain and coset int64 [G] of x float32 [G, D] under scales float32 [G]; see `compress.ops.search`."""
+    """v int8 [G, D], gain and coset int64 [G] of x float32 [G, D] under scales [G]; see `compress.ops.search`."""
     gains = torch.tensor(shape.gains, dtype=torch.float32, device=x.device)
     return search.encode(x, scale, gains, shape.levels, shape.shift, shape.pulses)
 
@@ -71,7 +71,6 @@ def pack(values: Tensor, gain: Tensor, coset: Tensor, shape: HalfShape, width: i
     that are none of the shape's.
     """
     groups = values.shape[0]
-    device, values, gain, coset = values.device, values.cpu(), gain.cpu(), coset.cpu()
     bare = values.to(torch.int64) - torch.where(coset == 0, shape.shift, -shape.shift).unsqueeze(-1)
     place = torch.full((128,), -1, dtype=torch.int64)
     place[torch.tensor(shape.levels)] = torch.arange(len(shape.levels))
@@ -87,7 +86,7 @@ def pack(values: Tensor, gain: Tensor, coset: Tensor, shape: HalfShape, width: i
         part = (rest & ((1 << bits) - 1)).astype(np.uint64).view(np.int64)
         planes.append(pack_bits(torch.from_numpy(part), bits))
         rest = rest >> bits
-    return [plane.to(device) for plane in planes]
+    return planes
 
 
 def unpack(planes: list[Tensor], groups: int, shape: HalfShape, width: int) -> tuple[Tensor, Tensor]:
@@ -95,7 +94,6 @@ def unpack(planes: list[Tensor], groups: int, shape: HalfShape, width: int) -> t
 
     Raises `CodecError` for a rest that no group has.
     """
-    device, planes = planes[0].device, [plane.cpu() for plane in planes]
     rest, place = np.zeros(groups, dtype=object), 0
     for plane, bits in zip(planes[1:], plane_widths(width - shape.dim), strict=True):
         part = unpack_bits(plane, bits, groups).numpy().view(np.uint64).astype(object)
@@ -106,12 +104,13 @@ def unpack(planes: list[Tensor], groups: int, shape: HalfShape, width: int) -> t
     rest = rest >> 1 if shape.coset else rest
     gain = (rest % len(shape.gains)).astype(np.int64)
     sums = np.full(groups, shape.pulses, dtype=np.int64)
-    m = unrank_compositions(rest // len(shape.gains), sums, shape.dim, shape.limit)
+    rank = np.asarray(rest // len(shape.gains), dtype=object)
+    m = unrank_compositions(rank, sums, shape.dim, shape.limit)
     levels = torch.tensor(shape.levels)[torch.from_numpy(m)]
     negative = unpack_bits(planes[0], 1, groups * shape.dim).view(groups, shape.dim)
     shift = torch.from_numpy(np.where(coset == 0, shape.shift, -shape.shift).astype(np.int64)).unsqueeze(-1)
     values = torch.where(negative == 1, -levels, levels) + shift
-    return values.to(torch.int8).to(device), torch.from_numpy(gain).to(device)
+    return values.to(torch.int8), torch.from_numpy(gain)
 
 
 def decode(
@@ -120,15 +119,19 @@ def decode(
     """W [o, columns] = fl32(fl32(r S) v), rounded to `dtype`, for row scales r float32 [o]."""
     rows, groups = scales.numel(), -(-columns // shape.dim)
     values, gain = unpack(planes, rows * groups, shape, width)
-    gains = torch.tensor(shape.gains, dtype=torch.float32, device=scales.device)
-    containers = scales.unsqueeze(-1) * gains[gain.to(scales.device)].view(rows, groups)
-    weight = values.to(scales.device).view(rows, groups, shape.dim) * containers.unsqueeze(-1)
+    gains = torch.tensor(shape.gains, dtype=torch.float32)
+    containers = scales.unsqueeze(-1) * gains[gain].view(rows, groups)
+    weight = values.view(rows, groups, shape.dim) * containers.unsqueeze(-1)
     return weight.view(rows, groups * shape.dim)[:, :columns].to(dtype).contiguous()
 
 
 def linear(x: Tensor, planes: list[Tensor], scales: Tensor, shape: HalfShape, width: int, activations: str) -> Tensor:
     """x W^T [R, o] in float32 arithmetic, in x's dtype; with "int8" activations x is rounded row by row first."""
-    weight = decode(planes, scales, x.shape[1], shape, width, torch.float32)
+    return product(x, decode(planes, scales, x.shape[1], shape, width, torch.float32), activations)
+
+
+def product(x: Tensor, weight: Tensor, activations: str) -> Tensor:
+    """x W^T of a decoded weight float32 [o, n], as `linear`."""
     rows = x.float()
     if activations == "int8":
         step = rows.abs().amax(1, keepdim=True) / 127 if x.shape[1] else torch.zeros(x.shape[0], 1, device=x.device)

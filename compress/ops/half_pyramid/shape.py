@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 from compress.errors import CodecError
 
@@ -83,12 +84,12 @@ class HalfShape:
 
 def _exact(levels: tuple[int, ...]) -> bool:
     """Whether (a - t[m])^2 is convex in m for every a >= 0: then the encoder's single steps find the optimum."""
-    steps = [b - a for a, b in zip(levels, levels[1:], strict=False)]
-    squares = [b * b - a * a for a, b in zip(levels, levels[1:], strict=False)]
+    steps = [b - a for a, b in pairwise(levels)]
+    squares = [b * b - a * a for a, b in pairwise(levels)]
     return (
         all(step > 0 for step in steps)
-        and all(a >= b for a, b in zip(steps, steps[1:], strict=False))
-        and all(a <= b for a, b in zip(squares, squares[1:], strict=False))
+        and all(a >= b for a, b in pairwise(steps))
+        and all(a <= b for a, b in pairwise(squares))
     )
 
 

@@ -1,0 +1,101 @@
+"""Throughput of packed half-integer pyramids: matrices of random codes, decoding, and products beside torch's.
+
+Codes are uniformly random, the worst case for the tables that decode them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from statistics import median
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from compress import ops
+from compress.ops.half_pyramid.library import Activations
+from compress.ops.half_pyramid.shape import HalfShape, plane_widths
+
+Step = Callable[[int], object]
+
+
+def random_planes(shape: HalfShape, width: int, weights: int, seed: int) -> list[Tensor]:
+    """Of random codes. Of a rest of more than 63 bits only the lower ones are random."""
+    generator = torch.Generator().manual_seed(seed)
+    planes = [torch.randint(0, 256, (weights // 8,), dtype=torch.uint8, generator=generator)]
+    rests = torch.randint(0, min(shape.codes, 2**63 - 1), (weights // shape.dim,), generator=generator)
+    for bits in plane_widths(width - shape.dim):
+        if bits >= 8:
+            planes.append(rests.view(torch.uint8).view(-1, 8)[:, : bits // 8].flatten())
+        else:
+            parts = (rests & (1 << bits) - 1).view(-1, 8 // bits)
+            planes.append((parts << bits * torch.arange(8 // bits)).sum(1).to(torch.uint8))
+        rests = rests >> bits if bits < 64 else torch.zeros_like(rests)
+    return planes
+
+
+def contest(steps: Mapping[str, tuple[Step, int]], rounds: int, share: int, clock: Callable[[], float]) -> list[dict]:
+    """Seconds of one call of each contestant, for every round. A contestant is a function of the number of a matrix and
+    the number of matrices there are; in a round, all take their turns of 1 / share of their matrices."""
+    found = []
+    for r in range(rounds):
+        seconds = {}
+        for name, (step, count) in steps.items():
+            calls = max(1, count // share)
+            start = clock()
+            for i in range(calls):
+                step((r * calls + i) % count)
+            seconds[name] = (clock() - start) / calls
+        found.append(seconds)
+    return found
+
+
+def summary(rounds: list[dict], baselines: tuple[str, ...] = ()) -> dict[str, dict[str, float]]:
+    """Of every contestant the median and the least seconds, and the median over the rounds of baseline / own time."""
+    result = {}
+    for name in rounds[0]:
+        times = [each[name] for each in rounds]
+        ratios = {f"ratio to {other}": median(each[other] / each[name] for each in rounds) for other in baselines}
+        result[name] = {"median": median(times), "least": min(times), **ratios}
+    return result
+
+
+def products(
+    shape: HalfShape, width: int, size: int, rows: int, megabytes: int, rounds: int
+) -> dict[str, dict[str, float]]:
+    """y = x W^T for x [rows, size], W [size, size]: wall time in the threads that torch has, and the relative error
+    |y - exact|_2 / |exact|_2, where exact is the product with the same W in float64."""
+    first = random_planes(shape, width, size * size, 0)
+    packed = copies(first, megabytes)
+    dense = {dtype: copies([torch.randn(size, size).to(dtype)], megabytes) for dtype in (torch.bfloat16, torch.float32)}
+    scales = 0.5 + torch.rand(size, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(rows, size, generator=torch.Generator().manual_seed(rows))
+    weight = ops.half_pyramid_decode(first, scales, size, shape, width).double()
+    exact = x.double() @ weight.T
+
+    def product(activations: Activations) -> Callable[[int], Tensor]:
+        return lambda i: ops.half_pyramid_linear(x, packed[i], scales, shape, width, activations)
+
+    def baseline(dtype: torch.dtype) -> Callable[[int], Tensor]:
+        own = x.to(dtype)
+        return lambda i: linear(own, dense[dtype][i][0])
+
+    ways = {
+        "int8": (product("int8"), len(packed)),
+        "float": (product("float"), len(packed)),
+        "bf16": (baseline(torch.bfloat16), len(dense[torch.bfloat16])),
+        "fp32": (baseline(torch.float32), len(dense[torch.float32])),
+    }
+    report = summary(contest(ways, rounds, 4, time.perf_counter), ("bf16", "fp32"))
+    for name in ("int8", "float"):
+        report[name]["error"] = float((ways[name][0](0) - exact).norm() / exact.norm())
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        report[name]["error"] = float((linear(x.to(dtype), weight.to(dtype)) - exact).norm() / exact.norm())
+    return report
+
+
+def copies(tensors: list[Tensor], megabytes: int) -> list[list[Tensor]]:
+    """As many copies as make up so many megabytes."""
+    size = sum(tensor.nbytes for tensor in tensors)
+    return [[tensor.clone() for tensor in tensors] for _ in range(max(1, -(-megabytes * 10**6 // size)))]
