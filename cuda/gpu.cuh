@@ -67,6 +67,11 @@ __device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b) {
   asm("mul.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
   return result;
 }
+__device__ __forceinline__ uint32_t fuse_pairs(uint32_t a, uint32_t b, uint32_t c) {  // a b + c, rounded once
+  uint32_t result;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  return result;
+}
 
 __device__ __forceinline__ float warp_sum(float value) {
 #pragma unroll

@@ -1,10 +1,14 @@
 // y [R, rows] = x W^T for up to eight rows of 16-bit activations, from packed weights, on tensor cores.
 //
-// The activations are float16, scaled by a power of two so that a bfloat16 fits (half_inputs.cu), the weights g v: the
-// integers v are exact in float16, and their product with the gain is rounded to it; sums are float32. One multiply-add
+// The activations are float16, scaled by a power of two so that a bfloat16 fits (half_inputs.cu), the weights g v rounded
+// to float16; sums are float32. Up to eight levels are looked up as float16, low and high bytes apart, and become g v in
+// one fused multiply-add with g and g e d; more of them go through bytes 128 + v, exactly, and a product. One multiply-add
 // of 16 x 16 by 16 x 8 serves any R at the same cost, since decoding is what takes the time. The 16 columns that it
 // sums over are four of each of the four lanes of a quad, in whatever order; so a lane decodes whole groups of row g and
 // of row g + 8 and hands over its own weights. A block takes 16 rows of W, its warps share the columns.
+#include "half_shape.cuh"
+
+#define HALF_PAIRS (HALF_LIMIT <= 7)
 #include "half_source.cuh"
 
 #if !defined(HALF_SHARE_INPUTS)
@@ -21,16 +25,34 @@ constexpr int kTile = 16, kMostRows = 8, kQuad = 4;
 constexpr uint32_t kThousands = 0x64646464u;  // byte b behind 0x64 is the float16 1024 + b
 constexpr uint32_t kZeroPair = 0x64806480u;   // 1024 + 128
 
+// Two weights of bytes 128 + v.
 __device__ __forceinline__ uint32_t weight_pair(uint32_t bytes, uint32_t selector, uint32_t gains) {
   return multiply_pairs(subtract_pairs(permute_bytes(bytes, kThousands, selector), kZeroPair), gains);
 }
 
+// Four weights of the levels' float16.
+__device__ __forceinline__ void look_up_pairs(const Lookups& from, uint32_t nibbles, uint32_t mask, Digit digit,
+                                              uint32_t* pairs) {
+  const uint32_t low = permute_bytes(from.low_halves[0], from.low_halves[1], nibbles);
+  const uint32_t high = permute_bytes(from.high_halves[0], from.high_halves[1], nibbles) ^ (mask & kBias);
+  pairs[0] = fuse_pairs(permute_bytes(low, high, 0x5140), digit.gain, digit.shifts);
+  pairs[1] = fuse_pairs(permute_bytes(low, high, 0x7362), digit.gain, digit.shifts);
+}
+
 // Weights 0 4, 1 5, 2 6, 3 7.
-__device__ __forceinline__ void weight_pairs(const OctetBytes& bytes, uint32_t gains, uint32_t (&pairs)[4]) {
-  pairs[0] = weight_pair(bytes.low, 0x4140, gains);
-  pairs[1] = weight_pair(bytes.low, 0x4342, gains);
-  pairs[2] = weight_pair(bytes.high, 0x4140, gains);
-  pairs[3] = weight_pair(bytes.high, 0x4342, gains);
+__device__ __forceinline__ void weight_pairs(const Lookups& from, uint32_t octet, uint32_t selector, Digit digit,
+                                             uint32_t (&pairs)[4]) {
+#if HALF_LIMIT > 7
+  const OctetBytes bytes = octet_bytes<true>(from, octet, selector, digit.shifts);
+  pairs[0] = weight_pair(bytes.low, 0x4140, digit.gain);
+  pairs[1] = weight_pair(bytes.low, 0x4342, digit.gain);
+  pairs[2] = weight_pair(bytes.high, 0x4140, digit.gain);
+  pairs[3] = weight_pair(bytes.high, 0x4342, digit.gain);
+#else
+  const OctetBytes masks = sign_masks(from, selector);
+  look_up_pairs(from, octet, masks.low, digit, pairs);
+  look_up_pairs(from, octet >> 16, masks.high, digit, pairs + 2);
+#endif
 }
 
 // x: [8 octets][R][4 lanes of the quad] vectors, at this lane's row and place; `silent` where there is no such row.
@@ -45,8 +67,8 @@ __device__ __forceinline__ void add_units(const Source& source, const Unit& uppe
     for (int h = 0; h < kOctets; ++h) {
       const uint4 inputs = silent ? uint4{} : x[(i * kOctets + h) * stride];
       uint32_t above[4], below[4];
-      weight_pairs(octet_bytes<true>(source.lookups, octets[0][h], selectors[0][h], first.shifts), first.gain, above);
-      weight_pairs(octet_bytes<true>(source.lookups, octets[1][h], selectors[1][h], second.shifts), second.gain, below);
+      weight_pairs(source.lookups, octets[0][h], selectors[0][h], first, above);
+      weight_pairs(source.lookups, octets[1][h], selectors[1][h], second, below);
       multiply_add<Float16>({above[0], below[0], above[1], below[1]}, inputs.x, inputs.y, c);
       multiply_add<Float16>({above[2], below[2], above[3], below[3]}, inputs.z, inputs.w, c);
     }

@@ -30,6 +30,7 @@ struct Planes {
 struct Lookups {
   uint32_t levels[4];
   uint32_t odd;  // 0xff00ff00
+  uint32_t low_halves[2], high_halves[2];  // bytes of the first eight levels as float16
 };
 
 // Level bytes of four nibbles. Levels are below 128, so a nibble whose highest bit is set selects 0 of a permutation.
@@ -51,7 +52,8 @@ struct OctetBytes {
   uint32_t low, high;  // weights 0 4 1 5 and 2 6 3 7
 };
 
-// What a digit = gain * cosets + coset stands for: the gain (a float or a pair of float16), and four bytes e d.
+// What a digit = gain * cosets + coset stands for: the gain (a float or a pair of float16), and four bytes e d or a pair
+// of gain e d.
 struct Digit {
   uint32_t gain, shifts;
 };
@@ -60,15 +62,18 @@ COMPRESS_HD uint32_t shifts_of(uint32_t digit) {
   return kCosets == 2 && digit % 2 == 1 ? 0u - kShifts : kShifts;
 }
 
-// selector: s | (s >> 1) << 8 of the byte s of signs.
+// The masks of an octet's signs; selector: s | (s >> 1) << 8 of the byte s of signs.
+COMPRESS_HD OctetBytes sign_masks(const Lookups& from, uint32_t selector) {
+  return {permute_bytes(from.odd, from.odd, selector), permute_bytes(0, 0xffffffffu, selector)};
+}
+
 template <bool kBiased>
 COMPRESS_HD OctetBytes octet_bytes(const Lookups& from, uint32_t octet, uint32_t selector, uint32_t shifts) {
   constexpr bool crosses = HALF_LOWEST <= HALF_SHIFT;
   constexpr uint32_t bias = kBiased || crosses ? kBias : 0, unbias = kBiased ? 0 : bias;
-  const uint32_t first = permute_bytes(from.odd, from.odd, selector);
-  const uint32_t third = permute_bytes(0, 0xffffffffu, selector);
-  return {shifted_bytes(levels_of(from, octet), first, shifts, bias) ^ unbias,
-          shifted_bytes(levels_of(from, octet >> 16), third, shifts, bias) ^ unbias};
+  const OctetBytes masks = sign_masks(from, selector);
+  return {shifted_bytes(levels_of(from, octet), masks.low, shifts, bias) ^ unbias,
+          shifted_bytes(levels_of(from, octet >> 16), masks.high, shifts, bias) ^ unbias};
 }
 
 COMPRESS_HD uint32_t selector_of(uint32_t signs) { return (signs & 255u) | (signs & 254u) << 7; }

@@ -202,7 +202,7 @@ template <bool kIntegers>
 void multiply_all(const HalfMatrix& matrix, const Activations& x, const float* row_scales, int64_t out_rows, int rows,
                   int held, float* y, int threads) {
   (void)threads;
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(dynamic, 64) num_threads(threads)
   for (int64_t o = 0; o < out_rows; ++o) {
     float sums[kMostRows];
     matrix.multiply<kIntegers>(o, x.inputs, held, sums);

@@ -36,6 +36,16 @@ struct Unit {
 #endif
 };
 
+__device__ __forceinline__ Digit digit_of(uint32_t digit, uint32_t gain) {
+#if HALF_PAIRS
+  const float shift = kCosets == 2 && digit % 2 == 1 ? -HALF_SHIFT : HALF_SHIFT;
+  const uint32_t bits = Float16::bits(Float16::number(static_cast<uint16_t>(gain)) * shift);
+  return {gain, bits | bits << 16};
+#else
+  return {gain, shifts_of(digit)};
+#endif
+}
+
 struct Source {
   Planes planes;
   Compositions from;
@@ -44,10 +54,10 @@ struct Source {
 
   // Copies the tables to shared memory; returns what lies behind them. Ends without a barrier.
   __device__ __forceinline__ uint4* fill(uint4* memory, const uint32_t* words, const uint32_t* gains) {
-    lookups = {{words[0], words[1], words[2], words[3]}, words[4]};
+    lookups = {{words[0], words[1], words[2], words[3]}, words[4], {words[5], words[6]}, {words[7], words[8]}};
     Digit* by_digit = reinterpret_cast<Digit*>(memory);
     for (uint32_t i = threadIdx.x; i <= kDigits; i += blockDim.x)
-      by_digit[i] = {i < kDigits ? gains[i / kCosets] : 0u, shifts_of(i)};
+      by_digit[i] = digit_of(i, i < kDigits ? gains[i / kCosets] : 0u);
     digits = by_digit;
     memory += kDigitWords / 4;
 #if HALF_DIRECT

@@ -210,6 +210,15 @@ inline uint32_t subtract_pairs(uint32_t a, uint32_t b) {
 inline uint32_t multiply_pairs(uint32_t a, uint32_t b) {
   return pairwise(a, b, [](float x, float y) { return x * y; });
 }
+inline uint32_t fuse_pairs(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t result = 0;
+  for (int i = 0; i < 32; i += 16) {
+    const double x = Float16::number(static_cast<uint16_t>(a >> i)), y = Float16::number(static_cast<uint16_t>(b >> i));
+    const double sum = x * y + Float16::number(static_cast<uint16_t>(c >> i));
+    result |= static_cast<uint32_t>(bits_as<uint16_t>(static_cast<_Float16>(sum))) << i;
+  }
+  return result;
+}
 
 inline float warp_sum(float value) {
   for (int distance = 16; distance > 0; distance /= 2) value += __shfl_xor_sync(~0u, value, distance);

@@ -138,7 +138,9 @@ class HalfPyramidCodec:
     def decode(self, matrix: QuantizedMatrix, dtype: torch.dtype) -> Tensor:
         shape = entry_of(matrix.spec).shape
         scales = row_scales(matrix.tensors["scale"], matrix.tensors["rows"])
-        return ops.half_pyramid_decode(planes_of(matrix), scales, matrix.shape[1], shape, matrix.spec.width, dtype)
+        known = dtype if dtype in FLOATS else torch.float32
+        planes, columns, width = planes_of(matrix), matrix.shape[1], matrix.spec.width
+        return ops.half_pyramid_decode(planes, scales, columns, shape, width, known).to(dtype)
 
     def linear(self, matrix: QuantizedMatrix, x: Tensor) -> Tensor | None:
         if x.dtype not in FLOATS or x.device.type not in ops.fused_devices():

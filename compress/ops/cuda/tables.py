@@ -64,10 +64,11 @@ def device_tables(shape: HalfShape, width: int, direct: bool, device: torch.devi
     octets = _padded(host.octets, 4, direct_words(shape, width)) if direct else host.octets[:0]
     levels = np.zeros(4 * LEVEL_WORDS, dtype=np.uint8)
     levels[: len(shape.levels)] = shape.levels
-    lookups = np.concatenate([levels.view(np.uint32), np.array([ODD], dtype=np.uint32)])
+    halves = np.ascontiguousarray(levels[:8].astype(np.float16).view(np.uint8).reshape(8, 2).T)
+    lookups = np.concatenate([levels.view(np.uint32), np.array([ODD], dtype=np.uint32), halves.view(np.uint32).ravel()])
     gains = np.array(shape.gains, dtype=np.float32)
     unit = math.ldexp(1.0, math.frexp(float(gains.max()))[1])
-    halves = (gains / unit).astype(np.float16).view(np.uint16).astype(np.uint32)
+    pairs = (gains / unit).astype(np.float16).view(np.uint16).astype(np.uint32)
     return DeviceTables(
         octets.to(device),
         _padded(host.words, 2).to(device),
@@ -76,7 +77,7 @@ def device_tables(shape: HalfShape, width: int, direct: bool, device: torch.devi
         torch.from_numpy(lookups.view(np.int32)).to(device),
         torch.from_numpy(gains).to(device),
         torch.from_numpy((gains / np.float32(unit)).astype(np.float32)).to(device),
-        torch.from_numpy((halves | halves << 16).view(np.int32)).to(device),
+        torch.from_numpy((pairs | pairs << 16).view(np.int32)).to(device),
         unit,
     )
 
