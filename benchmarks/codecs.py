@@ -9,9 +9,10 @@ figure asked of the codec.
 encode, decode: the default codec at 3.25 bits. greedy: the integer pyramid's exact joint encoder and the greedy search
 that it replaces (benchmarks/greedy), with the same pulses and the same gains. All in one thread, by the thread's
 processor time, so that other work on the machine counts little.
-products: x W^T for W 4096 x 4096, packed and by torch, in two threads, by wall time.
+products: x W^T for W 4096 x 4096, packed and by torch, in two threads by wall time, and in one by processor time.
 In speed, contestants take turns in every round, on matrices that make up more than caches hold (512 MB; --quick 64 MB);
-a ratio is the median over the rounds. Parts in an existing FILE that are not run again stay.
+a ratio is the median over the rounds. What stands in FILE already and is not run again stays (--codecs chooses those of
+the part error).
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from compress.codecs import Codec, codec
 from compress.codecs.half_pyramid.codec import entry_of
 from compress.errors import UsageError
 from compress.ops.half_pyramid.shape import HalfShape
+from compress.ops.native import NativeLibrary, find_library
 
 SIZE = 4096
 RATES = (1.5, 2, 2.5, 3, 3.25, 3.5, 4, 4.5, 5)
@@ -111,10 +113,10 @@ def baseline_errors(weight: Tensor) -> Iterator[Report]:
     yield line("NF4 block 64, own table", stored, stored, relative_error(weight, after))
 
 
-def errors(quick: bool) -> list[Report]:
+def errors(quick: bool, names: list[str]) -> list[Report]:
     weight = torch.randn(128 if quick else 1024, SIZE, generator=torch.Generator().manual_seed(2026))
     found = []
-    for source in (baseline_errors(weight), *(codec_errors(name, weight) for name in CODECS)):
+    for source in (baseline_errors(weight), *(codec_errors(name, weight) for name in names)):
         for report in source:
             found.append(report)
             asked = f"  asked {report['asked']:.4f}  ratio {report['ratio_to_asked']:.4f}" if "asked" in report else ""
@@ -203,29 +205,38 @@ def greedy_contest(quick: bool) -> Report:
 
 
 def decode_speed(quick: bool) -> Report:
+    """Whole matrices, whose memory is new to the process every time, and 256 rows at once, which go to the same place."""
     torch.set_num_threads(1)
     shape, width = default_shape()
-    size = 1024 if quick else SIZE
-    packed = copies(random_planes(shape, width, size * size, 0), 64 if quick else 512)
-    scales = 0.5 + torch.rand(size)
-    ways: dict[str, tuple[Callable[[int], object], int]] = {
-        str(dtype).removeprefix("torch."): (
-            lambda i, dtype=dtype: ops.half_pyramid_decode(packed[i], scales, size, shape, width, dtype),
-            len(packed),
-        )
-        for dtype in (torch.float32, torch.bfloat16)
-    }
-    return per_second(summary(contest(ways, 5, 5, time.thread_time)), size * size)
+    report: Report = {}
+    for rows in (256, 1024 if quick else SIZE):
+        packed = copies(random_planes(shape, width, rows * SIZE, 0), 64 if quick else 512)
+        scales = 0.5 + torch.rand(rows)
+        ways: dict[str, tuple[Callable[[int], object], int]] = {
+            f"{rows} rows to {str(dtype).removeprefix('torch.')}": (
+                lambda i, dtype=dtype: ops.half_pyramid_decode(packed[i], scales, SIZE, shape, width, dtype),  # noqa: B023
+                len(packed),
+            )
+            for dtype in (torch.float32, torch.bfloat16)
+        }
+        report.update(per_second(summary(contest(ways, 5, 5, time.thread_time)), rows * SIZE))
+    return report
 
 
 def product_speed(quick: bool) -> Report:
-    torch.set_num_threads(2)
     report: Report = {}
-    cases = ((3.25, 1, {}), (2, 1, {}), (3, 1, {}), (4, 1, {}), (3.25, 4, {}), (3.25, 1, {"dim": 16}))
-    for rate, rows, options in cases:
+    cases: tuple[tuple[int, float, int, Report], ...] = (
+        *((2, rate, 1, {}) for rate in (3.25, 2, 3, 4)),
+        (2, 3.25, 4, {}),
+        (2, 3.25, 1, {"dim": 16}),
+        (1, 3.25, 1, {}),
+    )
+    for threads, rate, rows, options in cases:
+        torch.set_num_threads(threads)
         shape, width = default_shape(rate, **options)
-        name = f"dim={shape.dim} {rate} bits, batch {rows}"
-        report[name] = products(shape, width, 1024 if quick else SIZE, rows, 64 if quick else 512, 12)
+        name = f"dim={shape.dim} {rate} bits, batch {rows}, {threads} threads"
+        clock = time.perf_counter if threads > 1 else time.thread_time
+        report[name] = products(shape, width, 1024 if quick else SIZE, rows, 64 if quick else 512, 12, clock)
         for way, figures in report[name].items():
             print(f"{name}  {way}: " + "  ".join(f"{key} {value:.3g}" for key, value in figures.items()), flush=True)
     return report
@@ -235,28 +246,38 @@ def machine() -> Report:
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     names = [each.split(":", 1)[1].strip() for each in lines if each.startswith("model name")]
-    return {"processor": names[0] if names else "unknown", "cores": os.cpu_count(), "backend": ops.backend()}
+    library = find_library()
+    return {
+        "processor": names[0] if names else "unknown",
+        "cores": os.cpu_count(),
+        "instructions": NativeLibrary(library).instructions[-1] if library else "none: the reference",
+        "torch": torch.__version__,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="an eighth of the data")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--codecs", nargs="*", choices=CODECS, default=list(CODECS), metavar="CODEC", help="of error")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     args = parser.parse_args()
     report: Report = json.loads(args.json.read_text(encoding="utf-8")) if args.json and args.json.exists() else {}
     report["machine"] = machine()
     print(json.dumps(report["machine"]))
     measure: dict[str, Callable[[bool], Any]] = {
-        "error": errors,
         "encode": encode_speed,
         "greedy": greedy_contest,
         "decode": decode_speed,
         "products": product_speed,
     }
     for part in args.parts:
-        report[part] = measure[part](args.quick)
-        if part != "error":
+        if part == "error":
+            found = errors(args.quick, args.codecs)
+            again = {each["name"] for each in found}
+            report[part] = [*(each for each in report.get(part, []) if each["name"] not in again), *found]
+        else:
+            report[part] = measure[part](args.quick)
             print(part, json.dumps(report[part], indent=1))
         if args.json:
             args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -58,7 +58,7 @@ class EmulatedLauncher:
         name = hashlib.sha256(source.encode()).hexdigest()[:16]
         path, library = self.folder / f"{name}.cpp", self.folder / f"{name}.so"
         path.write_text(source)
-        command = ["g++", "-std=c++17", "-O0", "-ffp-contract=off", "-fno-strict-aliasing", "-w", "-shared", "-fPIC"]
+        command = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-w", "-shared", "-fPIC"]
         done = subprocess.run([*command, str(path), "-o", str(library)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return ctypes.CDLL(str(library))
