@@ -34,7 +34,9 @@ def random_planes(shape: HalfShape, width: int, weights: int, seed: int) -> list
     return planes
 
 
-def contest(steps: Mapping[str, tuple[Step, int]], rounds: int, share: int, clock: Callable[[], float]) -> list[dict]:
+def contest(
+    steps: Mapping[str, tuple[Step, int]], rounds: int, share: int, clock: Callable[[], float]
+) -> list[dict[str, float]]:
     """Seconds of one call of each contestant, for every round. A contestant is a function of the number of a matrix and
     the number of matrices there are; in a round, all take their turns of 1 / share of their matrices."""
     found = []
@@ -50,7 +52,7 @@ def contest(steps: Mapping[str, tuple[Step, int]], rounds: int, share: int, cloc
     return found
 
 
-def summary(rounds: list[dict], baselines: tuple[str, ...] = ()) -> dict[str, dict[str, float]]:
+def summary(rounds: list[dict[str, float]], baselines: tuple[str, ...] = ()) -> dict[str, dict[str, float]]:
     """Of every contestant the median and the least seconds, and the median over the rounds of baseline / own time."""
     result = {}
     for name in rounds[0]:

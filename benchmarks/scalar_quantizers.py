@@ -6,27 +6,40 @@ All take weights and return (what they become, bits per weight with everything t
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 CLIPS = torch.linspace(0.3, 1.0, 36)
+Mode = Literal["absmax", "min-max", "best clip"]
+MODES: tuple[Mode, ...] = get_args(Mode)
 HALF = 16
 """Bits of a group's scale."""
 
 
-def round_to_nearest(weight: Tensor, bits: int, group: int, clip: bool) -> tuple[Tensor, float]:
-    """Integers -2^(b-1) .. 2^(b-1) - 1 times a float16 scale per group: max|w| / (2^(b-1) - 1), or that times the
-    factor (0.3 to 1, in steps of 0.02) of least squared error in each group."""
+def round_to_nearest(weight: Tensor, bits: int, group: int, mode: Mode) -> tuple[Tensor, float]:
+    """Integers of b bits times a float16 scale per group.
+
+    absmax: -2^(b-1) .. 2^(b-1) - 1 with the scale max|w| / (2^(b-1) - 1). min-max: 0 .. 2^b - 1 minus a zero point of b
+    bits, with the scale (max w - min w) / (2^b - 1). best clip: the same with both ends times that factor in 0.3 to 1,
+    in steps of 0.02, that has the least squared error in the group.
+    """
     x = weight.reshape(-1, group)
-    largest = x.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
-    best, least = x, torch.full((x.shape[0], 1), math.inf)
-    for factor in CLIPS.tolist() if clip else [1.0]:
-        scale = (largest * factor).half().float()
-        rounded = torch.round(x / scale).clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).mul_(scale)
-        error = (rounded - x).square().sum(1, keepdim=True)
-        best, least = torch.where(error < least, rounded, best), torch.minimum(error, least)
-    return best.reshape(weight.shape), bits + HALF / group
+    top = 2**bits - 1
+    if mode == "absmax":
+        scale = (x.abs().amax(1, keepdim=True) / (top // 2)).half().float()
+        after = torch.round(x / scale).clamp_(-(top + 1) // 2, top // 2) * scale
+        return after.reshape(weight.shape), bits + HALF / group
+    low, high = x.amin(1, keepdim=True).clamp_max(0), x.amax(1, keepdim=True).clamp_min(0)
+    best, least = x, torch.full_like(low, math.inf)
+    for factor in CLIPS.tolist() if mode == "best clip" else [1.0]:
+        scale = ((high - low) * (factor / top)).half().float()
+        zero = torch.round(-low * factor / scale)
+        after = ((torch.round(x / scale) + zero).clamp_(0, top) - zero) * scale
+        error = (after - x).square().sum(1, keepdim=True)
+        best, least = torch.where(error < least, after, best), torch.minimum(error, least)
+    return best.reshape(weight.shape), bits + (HALF + bits) / group
 
 
 def normal_float() -> Tensor:

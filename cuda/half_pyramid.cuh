@@ -6,7 +6,9 @@
 //   rank(m) = T_D(k, k') + rank(left) N_{D/2}(k - k') + rank(right)
 //
 // Halves are taken down to four parts, which a table of all compositions holds. Eight parts travel as one word, an
-// octet: byte b is m_b | m_{b+4} << 4, so that a mask and a shift give the indices of two byte shuffles.
+// octet: byte b is m_b | m_{b+4} << 4, so that a mask and a shift give the indices of two byte shuffles. Where M > 15
+// (a `kDeep` pyramid) a byte of tops stands beside it, bit i the fifth bit of m_i; and a part of a group may have more
+// ranks than four bits a weight can count, so that its integers are twice as wide.
 // Under NVRTC the includer provides the fixed-width integers.
 #pragma once
 
@@ -83,11 +85,20 @@ COMPRESS_HD uint64_t long_division_step(uint64_t& top, uint64_t next, uint64_t d
   return digit;
 }
 
+COMPRESS_HD Wide shift_left(Wide a, int bits) {
+  return bits ? Wide{a.low << bits, a.high << bits | a.low >> (64 - bits)} : a;
+}
+
 // The two ranks of a pair: value = left count + right, where left fits the halves' type.
 COMPRESS_HD uint32_t split_pair(uint32_t value, uint32_t count, uint32_t& right) {
   const uint32_t left = value / count;
   right = value - left * count;
   return left;
+}
+COMPRESS_HD uint32_t split_pair(uint64_t value, uint32_t count, uint32_t& right) {
+  const uint64_t left = value / count;
+  right = static_cast<uint32_t>(value - left * count);
+  return static_cast<uint32_t>(left);
 }
 COMPRESS_HD uint64_t split_pair(uint64_t value, uint64_t count, uint64_t& right) {
   const uint64_t left = value / count;
@@ -103,6 +114,29 @@ COMPRESS_HD uint64_t split_pair(Wide value, uint64_t count, uint64_t& right) {
   const uint64_t second = long_division_step(top, low & 0xffffffffu, count);
   right = top >> shift;
   return first << 32 | second;
+}
+// A divisor of two words is cut to its 64 highest bits: half the value over that is, taken down by one, the quotient or
+// one less.
+COMPRESS_HD Wide split_pair(Wide value, Wide count, Wide& right) {
+  uint64_t rest;
+  if (count.high == 0) {
+    const uint64_t high = value.high / count.low;
+    const uint64_t low = split_pair(Wide{value.low, value.high % count.low}, count.low, rest);
+    right = {rest, 0};
+    return {low, high};
+  }
+  int shift = 0;
+  while (!(count.high << shift >> 63)) ++shift;
+  const Wide half = {value.low >> 1 | value.high << 63, value.high >> 1};
+  uint64_t left = split_pair(half, shift_left(count, shift).high, rest) >> (63 - shift);
+  left -= left > 0;
+  const Wide taken = product(left, count.low);
+  right = minus(value, {taken.low, taken.high + left * count.high});
+  if (at_least(right, count)) {
+    right = minus(right, count);
+    ++left;
+  }
+  return {left, 0};
 }
 
 // The integer that holds a rank and a rest of D coordinates: four bits each.
@@ -126,18 +160,26 @@ struct RankOf<32> {
 };
 template <int D>
 using Rank = typename RankOf<D>::Type;
+// Of a group (`kTop`), or of D of its coordinates.
+template <int D, bool kTop, bool kDeep>
+using PartRank = Rank<kDeep && !kTop && D > 4 ? 2 * D : D>;
 
-// The tables of a shape, made by compress/ops/half_pyramid/tables.py. `words` holds, for d = 4, 8, 16 below D, N_d(k) of
-// k = 0..K and T_d(k, .), K + 1 rows of `stride`; then T_D(K, .), `stride` low and `stride` high words. A row is filled
-// up with the largest integer to a power of two, `stride`, so that a search takes the same steps everywhere.
+// The tables of a shape, made by compress/ops/half_pyramid/tables.py. `words` holds, for d = 4, 8, 16 below D, N_d(k)
+// of k = 0..K and T_d(k, .), K + 1 rows of `stride`; then T_D(K, .), `stride` low and `stride` high words. A row is
+// filled up with the largest integer to a power of two, `stride`, so that a search takes the same steps everywhere. At
+// the end a deep pyramid of 32 has the high words of d = 16, for which the others have no need.
 struct HalfTables {
   int pulses, limit, stride;
   const uint64_t* words;
   const uint16_t* quads;        // all compositions into four parts, a nibble each, by sum and rank
   const uint32_t* quad_starts;  // where those of a sum begin: k = 0..K+1
+  const uint32_t* deep_quads = nullptr;  // instead of quads: the nibbles, and the fifth bits from bit 16 on
 
-  COMPRESS_HD const uint64_t* counts(int place) const { return words + place * (pulses + 1) * (stride + 1); }
+  COMPRESS_HD int block() const { return (pulses + 1) * (stride + 1); }
+  COMPRESS_HD const uint64_t* counts(int place) const { return words + place * block(); }
   COMPRESS_HD const uint64_t* first(int place, int k) const { return counts(place) + pulses + 1 + k * stride; }
+  // How far behind its low word the high one of a number lies, where it has one.
+  COMPRESS_HD int apart(bool top) const { return top ? stride : block() + 2 * stride; }
 };
 
 template <int D>
@@ -145,18 +187,18 @@ constexpr int kPlace = D == 4 ? 0 : D == 8 ? 1 : D == 16 ? 2 : 3;
 
 COMPRESS_HD void first_rank(const uint64_t* row, int, int at, uint32_t& rank) { rank = static_cast<uint32_t>(row[at]); }
 COMPRESS_HD void first_rank(const uint64_t* row, int, int at, uint64_t& rank) { rank = row[at]; }
-COMPRESS_HD void first_rank(const uint64_t* row, int stride, int at, Wide& rank) { rank = {row[at], row[stride + at]}; }
+COMPRESS_HD void first_rank(const uint64_t* row, int apart, int at, Wide& rank) { rank = {row[at], row[apart + at]}; }
 
 // The last place of a row of first ranks that is not above the rank, with the rank there.
 template <class Integer>
-COMPRESS_HD int find_sum(const uint64_t* row, int stride, Integer rank, Integer& first) {
+COMPRESS_HD int find_sum(const uint64_t* row, int stride, int apart, Integer rank, Integer& first) {
   int at = 0;
   for (int step = stride >> 1; step > 0; step >>= 1) {
     Integer here;
-    first_rank(row, stride, at + step, here);
+    first_rank(row, apart, at + step, here);
     at += at_least(rank, here) ? step : 0;
   }
-  first_rank(row, stride, at, first);
+  first_rank(row, apart, at, first);
   return at;
 }
 
@@ -167,28 +209,24 @@ COMPRESS_HD uint32_t spread_nibbles(uint32_t quad) {
 
 // The octets of the composition of k with this rank, which must be below N_D(k). Inner halves have their rows in a
 // table of all sums, the whole group its only row behind it (`kTop`).
-template <int D, bool kTop = true>
-COMPRESS_HD void unrank_compositions(const HalfTables& tables, Rank<D> rank, int k, uint32_t* octets) {
+template <int D, bool kTop = true, bool kDeep = false>
+COMPRESS_HD void unrank_compositions(const HalfTables& tables, PartRank<D, kTop, kDeep> rank, int k, uint32_t* octets,
+                                     uint8_t* tops = nullptr) {
   const uint64_t* row = kTop ? tables.counts(kPlace<D>) : tables.first(kPlace<D>, k);
-  Rank<D> first;
-  const int sum = find_sum(row, tables.stride, rank, first);
-  Rank<D / 2> right;
-  const auto count = static_cast<Rank<D / 2>>(tables.counts(kPlace<D> - 1)[k - sum]);
+  PartRank<D, kTop, kDeep> first;
+  const int sum = find_sum(row, tables.stride, tables.apart(kTop), rank, first);
+  PartRank<D / 2, false, kDeep> count, right;
+  first_rank(tables.counts(kPlace<D> - 1), tables.apart(false), k - sum, count);
+  const auto left = split_pair(minus(rank, first), count, right);
   if constexpr (D == 8) {
-    const uint32_t left = split_pair(minus(rank, first), count, right);
-    const uint32_t low = tables.quads[tables.quad_starts[sum] + left];
-    const uint32_t high = tables.quads[tables.quad_starts[k - sum] + right];
-    octets[0] = spread_nibbles(low) | spread_nibbles(high) << 4;
-  } else if constexpr (D == 16) {
-    uint64_t rest;
-    const uint64_t left = split_pair(minus(rank, first), static_cast<uint64_t>(count), rest);
-    right = static_cast<uint32_t>(rest);
-    unrank_compositions<8, false>(tables, static_cast<uint32_t>(left), sum, octets);
-    unrank_compositions<8, false>(tables, right, k - sum, octets + 1);
+    const uint32_t low_place = tables.quad_starts[sum] + left, high_place = tables.quad_starts[k - sum] + right;
+    const uint32_t low = kDeep ? tables.deep_quads[low_place] : tables.quads[low_place];
+    const uint32_t high = kDeep ? tables.deep_quads[high_place] : tables.quads[high_place];
+    octets[0] = spread_nibbles(low & 0xffffu) | spread_nibbles(high & 0xffffu) << 4;
+    if constexpr (kDeep) tops[0] = static_cast<uint8_t>(low >> 16 | high >> 16 << 4);
   } else {
-    const uint64_t left = split_pair(minus(rank, first), count, right);
-    unrank_compositions<16, false>(tables, left, sum, octets);
-    unrank_compositions<16, false>(tables, right, k - sum, octets + 2);
+    unrank_compositions<D / 2, false, kDeep>(tables, left, sum, octets, tops);
+    unrank_compositions<D / 2, false, kDeep>(tables, right, k - sum, octets + D / 16, kDeep ? tops + D / 16 : nullptr);
   }
 }
 
@@ -203,26 +241,39 @@ COMPRESS_HD int sum_of(const int* m) {
 COMPRESS_HD uint32_t pairs_of(int k, int limit) {
   return static_cast<uint32_t>(k <= limit ? k + 1 : k <= 2 * limit ? 2 * limit - k + 1 : 0);
 }
-COMPRESS_HD uint32_t rank_pair(int a, int k, int limit) { return static_cast<uint32_t>(k <= limit ? a : a - (k - limit)); }
+COMPRESS_HD uint32_t rank_pair(int a, int k, int limit) {
+  return static_cast<uint32_t>(k <= limit ? a : a - (k - limit));
+}
+
+// first + left count + right, the inverse of `split_pair`.
+template <class Whole, class Half>
+COMPRESS_HD Whole join_pair(Whole first, Half left, Half count, Half right) {
+  return first + static_cast<Whole>(left) * static_cast<Whole>(count) + static_cast<Whole>(right);
+}
+COMPRESS_HD Wide join_pair(Wide first, uint64_t left, uint64_t count, uint64_t right) {
+  return plus(plus(first, product(left, count)), Wide{right, 0});
+}
+COMPRESS_HD Wide join_pair(Wide first, Wide left, Wide count, Wide right) {
+  const Wide low = product(left.low, count.low);
+  return plus(plus(first, {low.low, low.high + left.high * count.low + left.low * count.high}), right);
+}
 
 // The rank of m[D] >= 0 among the compositions of its sum; the whole group (`kTop`) must have K pulses, none above M.
-template <int D, bool kTop = true>
-COMPRESS_HD Rank<D> rank_compositions(const HalfTables& tables, const int* m) {
+template <int D, bool kTop = true, bool kDeep = false>
+COMPRESS_HD PartRank<D, kTop, kDeep> rank_compositions(const HalfTables& tables, const int* m) {
   const int left_sum = sum_of<D / 2>(m), right_sum = sum_of<D / 2>(m + D / 2);
   const uint64_t* row = kTop ? tables.counts(kPlace<D>) : tables.first(kPlace<D>, left_sum + right_sum);
-  Rank<D> first;
-  first_rank(row, tables.stride, left_sum, first);
+  PartRank<D, kTop, kDeep> first;
+  first_rank(row, tables.apart(kTop), left_sum, first);
   if constexpr (D == 4) {
     const uint32_t left = rank_pair(m[0], left_sum, tables.limit), right = rank_pair(m[2], right_sum, tables.limit);
     return first + left * pairs_of(right_sum, tables.limit) + right;
   } else {
-    const auto left = rank_compositions<D / 2, false>(tables, m);
-    const auto right = rank_compositions<D / 2, false>(tables, m + D / 2);
-    const uint64_t count = tables.counts(kPlace<D> - 1)[right_sum];
-    if constexpr (D == 32)
-      return plus(plus(first, product(left, count)), Wide{right, 0});
-    else
-      return plus(first, static_cast<Rank<D>>(static_cast<Rank<D>>(left) * static_cast<Rank<D>>(count) + right));
+    const auto left = rank_compositions<D / 2, false, kDeep>(tables, m);
+    const auto right = rank_compositions<D / 2, false, kDeep>(tables, m + D / 2);
+    PartRank<D / 2, false, kDeep> count;
+    first_rank(tables.counts(kPlace<D> - 1), tables.apart(false), right_sum, count);
+    return join_pair(first, left, count, right);
   }
 }
 
@@ -280,12 +331,12 @@ COMPRESS_HD void split_rest(Integer& rest, int gains, bool with_coset, int& gain
 }
 
 COMPRESS_HD uint32_t join_rest(uint32_t rank, int gains, bool with_coset, int gain, int coset) {
-  const uint32_t cosets = with_coset ? 2u : 1u;
-  return rank * (static_cast<uint32_t>(gains) * cosets) + static_cast<uint32_t>(gain) * cosets + static_cast<uint32_t>(coset);
+  const uint32_t cosets = with_coset ? 2u : 1u, factor = static_cast<uint32_t>(gains) * cosets;
+  return rank * factor + static_cast<uint32_t>(gain) * cosets + static_cast<uint32_t>(coset);
 }
 COMPRESS_HD uint64_t join_rest(uint64_t rank, int gains, bool with_coset, int gain, int coset) {
-  const uint64_t cosets = with_coset ? 2u : 1u;
-  return rank * (static_cast<uint64_t>(gains) * cosets) + static_cast<uint64_t>(gain) * cosets + static_cast<uint64_t>(coset);
+  const uint64_t cosets = with_coset ? 2u : 1u, factor = static_cast<uint64_t>(gains) * cosets;
+  return rank * factor + static_cast<uint64_t>(gain) * cosets + static_cast<uint64_t>(coset);
 }
 COMPRESS_HD Wide join_rest(Wide rank, int gains, bool with_coset, int gain, int coset) {
   const uint64_t cosets = with_coset ? 2u : 1u, factor = static_cast<uint64_t>(gains) * cosets;

@@ -131,7 +131,7 @@ def test_a_student_of_random_weights_is_planned_without_files() -> None:
 @pytest.mark.parametrize("bits", [0.5, 31.0])
 def test_a_rate_out_of_reach_names_the_reach(bits: float) -> None:
     shapes = [(64, 64), (32, 64), (32, 64), (64, 64), (128, 64), (128, 64), (64, 128)]
-    method = codec("pyramid")
+    method = codec("half_pyramid")
     reach = [
         sum(method.bits(method.spec(width), shape) for shape in shapes)
         / sum(rows * columns for rows, columns in shapes)

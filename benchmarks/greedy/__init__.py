@@ -33,24 +33,23 @@ class Greedy:
             subprocess.run([compiler, *FLAGS, str(source), "-o", str(library)], check=True)
             self.function = ctypes.CDLL(str(library)).greedy_encode
         pointer, integer = ctypes.c_void_p, ctypes.c_int
-        self.function.argtypes = [pointer, pointer, ctypes.c_int64, *[integer] * 4, pointer, pointer]
+        self.function.argtypes = [pointer, pointer, ctypes.c_int64, *[integer] * 3, pointer, pointer]
         self.function.restype = None
 
-    def encode(self, x: Tensor, levels: Tensor, pulses: int, constant: bool = True) -> tuple[Tensor, Tensor]:
-        """y int8 [G, D] and the index of the gain int64 [G] of x float32 [G, D], contiguous, D at most 128.
-
-        constant: whether D = 8 and 16 are constants for the compiler.
-        """
+    def encode(self, x: Tensor, levels: Tensor, pulses: int) -> tuple[Tensor, Tensor]:
+        """y int8 [G, D] and the index of the gain int64 [G] of x float32 [G, D], contiguous, D at most 128."""
         groups, dim = x.shape
         y, gain = torch.empty((groups, dim), dtype=torch.int8), torch.empty(groups, dtype=torch.int64)
-        numbers = (groups, dim, levels.numel(), pulses, constant)
+        numbers = (groups, dim, levels.numel(), pulses)
         self.function(x.data_ptr(), levels.data_ptr(), *numbers, y.data_ptr(), gain.data_ptr())
         return y, gain
 
 
-def by_numpy(x: NDArray[np.float32], levels: NDArray[np.float32], pulses: int) -> tuple[NDArray, NDArray]:
+def by_numpy(
+    x: NDArray[np.float32], levels: NDArray[np.float32], pulses: int
+) -> tuple[NDArray[np.int8], NDArray[np.int64]]:
     """The same for arrays."""
-    groups, dim = x.shape
+    dim = x.shape[1]
     a = np.abs(x)
     m = np.zeros_like(a)
     if pulses > dim // 2:
@@ -58,12 +57,9 @@ def by_numpy(x: NDArray[np.float32], levels: NDArray[np.float32], pulses: int) -
     xy, yy = (a * m).sum(1), (m * m).sum(1)
     left = pulses - m.sum(1).astype(np.int64)
     for step in range(int(left.max(initial=0))):
-        open_ = np.flatnonzero(left > step)
-        if open_.size == groups:
-            open_ = slice(None)
-        merit = np.square(xy[open_, None] + a[open_]) / (yy[open_, None] + 2 * m[open_] + 1)
+        rows = np.flatnonzero(left > step)
+        merit = np.square(xy[rows, None] + a[rows]) / (yy[rows, None] + 2 * m[rows] + 1)
         best = merit.argmax(1)
-        rows = np.arange(groups)[open_]
         xy[rows] += a[rows, best]
         yy[rows] += 2 * m[rows, best] + 1
         m[rows, best] += 1

@@ -55,6 +55,7 @@ def onnx_card(report: ExportReport, interface: DecoderInterface | EncoderInterfa
         ("bits per weight of the blocks' matrices, as stored here", f"{report.container_bits_per_weight:.4f}"),
         ("bits per parameter of the whole file", f"{report.model_bits_per_weight:.4f}"),
         ("matrices", containers),
+        ("squared error of rounding to the containers, over the weights' energy", f"{report.rounding_error:.2g}"),
         ("largest relative difference of logits from torch", f"{report.max_relative_error:.2g}"),
         ("opset, IR", f"{report.opset}, {report.ir_version}"),
         ("made with", ", ".join(f"{name} {version}" for name, version in report.versions.items())),
@@ -77,5 +78,5 @@ Made with `compress` (the package `model-compress`). To run it, in this folder:
 {table}
 
 Activations are float32. Matrices in 4 or 8 bits are the operator `com.microsoft.MatMulNBits`, which carries the
-quantized weights without rounding them again. `report.json` has all figures.
+quantized weights without rounding them again unless the table says so. `report.json` has all figures.
 """

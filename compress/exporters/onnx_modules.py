@@ -101,6 +101,22 @@ class EncoderGraph(nn.Module):
 
 
 @contextmanager
+def with_weights(model: PreTrainedModel, containers: Mapping[str, Container]) -> Iterator[None]:
+    """`model` with the weights of `containers` in the modules of these names; as before when the block is left."""
+    before = {name: model.get_submodule(name) for name in containers}
+    try:
+        for name, container in containers.items():
+            linear = nn.Linear(container.columns, container.rows, bias=False, device="meta")
+            linear.weight = nn.Parameter(container.weight(), requires_grad=False)
+            linear.bias = before[name].bias
+            model.set_submodule(name, linear)
+        yield
+    finally:
+        for name, module in before.items():
+            model.set_submodule(name, module)
+
+
+@contextmanager
 def ready_to_trace(model: PreTrainedModel, products: dict[str, PackedProduct]) -> Iterator[None]:
     """`model` with `products` in place of the modules of these names, in eval mode, with attention written out (the
     fused form traces to more nodes and runs slower); all as before when the block is left."""

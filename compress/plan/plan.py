@@ -83,9 +83,7 @@ def make_plan(recipe: Recipe) -> Plan:
     check_models(recipe, subject, subjects)
     quantization = None
     if recipe.quantize is not None:
-        quantization = plan_quantization(
-            recipe.quantize, subject, recipe.trust_remote_code, exported=bool(recipe.export)
-        )
+        quantization = plan_quantization(recipe.quantize, subject, recipe.trust_remote_code)
     return Plan(
         recipe=recipe,
         out=str(places.out),
@@ -119,7 +117,8 @@ def _stages(
             yield _evaluate(recipe.evaluate, source)
         else:
             to = name.partition(":")[2]
-            yield StagePlan(name, source, out, f"write {source} as {to}", notes=_on_the_cpu(recipe.device))
+            notes = (*_rounding(quantization), *_on_the_cpu(recipe.device))
+            yield StagePlan(name, source, out, f"write {source} as {to}", notes=notes)
         if name in ("distill", "quantize"):
             source = out
 
@@ -156,6 +155,12 @@ def _quantize(plan: QuantizationPlan, source: str | None, out: str | None, devic
     text = f"{len(plan.matrices)} matrices with {plan.codec} at {plan.bits_per_weight:.4f} bits per weight"
     notes = ("data-free: no text is used, every weight counts the same",) if plan.data_free else ()
     return StagePlan("quantize", source, out, text, plan.memory_bytes, (*notes, *_on_the_cpu(device)))
+
+
+def _rounding(plan: QuantizationPlan | None) -> tuple[str, ...]:
+    if plan is None or any(name.startswith("onnx") for name in plan.containers):
+        return ()
+    return (f"no ONNX container carries {plan.codec} exactly: its matrices are rounded to 8 bits once more",)
 
 
 def _on_the_cpu(device: str) -> tuple[str, ...]:

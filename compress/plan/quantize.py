@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from compress.codecs import Codec, codec
-from compress.errors import UsageError
 from compress.modeling.structure import MatrixView, matrices, require_linear
 from compress.plan.subject import Subject
 from compress.quantization.allocation import uniform
@@ -51,18 +50,14 @@ class QuantizationPlan:
     data_free: bool
     memory_bytes: int
     codec: str
+    containers: tuple[str, ...]
     matrices: tuple[MatrixPlan, ...]
 
 
-def plan_quantization(
-    recipe: QuantizeRecipe, subject: Subject, trust_remote_code: bool = False, exported: bool = False
-) -> QuantizationPlan:
-    """Raises `UsageError` for an unknown codec or option, when `bits` is out of the codec's reach for this model, or
-    when the result is to be exported and no container carries it; `ModelError` for a model that cannot be quantized.
-    """
+def plan_quantization(recipe: QuantizeRecipe, subject: Subject, trust_remote_code: bool = False) -> QuantizationPlan:
+    """Raises `UsageError` for an unknown codec or option, or when `bits` is out of the codec's reach for this model;
+    `ModelError` for a model that cannot be quantized."""
     method = codec(recipe.codec.name, **recipe.codec.options)
-    if exported:
-        _require_container(recipe, method)
     views = matrices(subject.model)
     require_linear(views)
     widths = uniform(views, method, recipe.bits)
@@ -81,17 +76,9 @@ def plan_quantization(
         data_free=True,
         memory_bytes=_memory(rows),
         codec=str(recipe.codec),
+        containers=method.containers(method.spec(rows[0].width)),
         matrices=rows,
     )
-
-
-def _require_container(recipe: QuantizeRecipe, method: Codec) -> None:
-    carried = method.containers(method.spec(method.widths()[-1]))
-    if not any(name.startswith("onnx") for name in carried):
-        raise UsageError(
-            f"No ONNX container carries groups of {method.dim} weights, as '{recipe.codec}' makes them.",
-            remedy="Use --codec pyramid, or half_pyramid:dim=16.",
-        )
 
 
 def _row(view: MatrixView, method: Codec, width: int) -> MatrixPlan:

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from compress.codecs import codec
 from compress.codecs.base import CodecSpec, QuantizedMatrix, product
-from compress.errors import ExportError
 from compress.exporters.containers import Container, container_of
 
 
@@ -62,7 +61,7 @@ def test_container_is_exact_and_as_small_as_can_be(
     low: int, high: int, group: int, groups: int, columns: int, bits: int, block: int
 ) -> None:
     matrix = random_matrix(low, high, group, groups, columns)
-    container = container_of("w", matrix)
+    container = container_of(matrix)
     assert (container.bits, container.block) == (bits, block)
     assert torch.equal(weight_of(container), matrix.dequantize())
     blocks = -(-columns // block)
@@ -73,11 +72,25 @@ def test_container_of_a_pyramid() -> None:
     rounder = codec("pyramid")
     weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(0))
     matrix = rounder.quantize(weight, rounder.spec(52))
-    container = container_of("w", matrix)
+    container = container_of(matrix)
     assert container.bits == 4
     assert torch.equal(weight_of(container), matrix.dequantize())
 
 
-def test_groups_that_no_block_divides_are_refused_by_name() -> None:
-    with pytest.raises(ExportError, match=r"layer\.q_proj.*groups of 8"):
-        container_of("layer.q_proj", random_matrix(-3, 3, 8, 4, 32))
+@pytest.mark.parametrize("columns", [64, 50])
+def test_groups_that_no_block_divides_are_rounded_to_8_bits(columns: int) -> None:
+    matrix = random_matrix(-40, 40, 8, 8, columns)
+    container = container_of(matrix)
+    weight, exact = weight_of(container).double(), matrix.dequantize().double()
+    assert (container.bits, container.block, container.kind) == (8, 32, "8 bit (rounded)")
+    assert torch.equal(container.weight().double(), weight)
+    error = float((weight - exact).square().sum() / exact.square().sum())
+    assert container.error == pytest.approx(error, rel=1e-9) and 0 < error < 1e-4
+    steps = container.scales.repeat_interleave(32, 1)[:, :columns].double()
+    assert float(((weight - exact).abs() / steps).max()) <= 0.5 + 1e-4
+
+
+def test_containers_read_as_the_operator_reads_them() -> None:
+    for low, high, group in ((-8, 7, 16), (-100, 100, 32)):
+        container = container_of(random_matrix(low, high, group, 2, 2 * group - 3))
+        assert torch.equal(container.weight(), weight_of(container)) and container.error == 0

@@ -15,12 +15,15 @@ import torch
 from tiny_exports import GROUPED, VOCABULARY, Exported, bert, pack
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+import compress
 from compress.errors import DependencyError, ExportError, ModelError, UsageError
 from compress.evaluation.generate import OnnxDecoder, generate_greedy
 from compress.evaluation.latency import tokens_per_second
+from compress.events import Event, Events
 from compress.exporters import export, export_onnx, verification
 from compress.exporters.verification import verify_decoder
 from compress.modeling.loading import load_model
+from compress.quantization.modules import packed_modules
 
 Get = Callable[[str], Exported]
 DECODERS = ("llama", "qwen2", "qwen3", "mistral")
@@ -128,6 +131,17 @@ def test_program_of_the_card_prints_the_tokens_of_torch(exported: Get) -> None:
     )
     expected = generate_greedy(case.model, torch.tensor([[1, 2, 3]]), 40)[0]
     assert [int(word) for word in re.findall(r"\d+", run.stdout)] == expected.tolist()
+
+
+def test_groups_of_8_are_rounded_and_said_to_be(tmp_path: Path) -> None:
+    model = compress.quantize(LlamaForCausalLM(LlamaConfig(**GROUPED)).eval(), bits=3.7)
+    events: list[Event] = []
+    report = export_onnx(model, tmp_path / "out", events=Events([events.append]))
+    assert set(report.matrices) == {"8 bit (rounded)"}
+    assert 0 < report.rounding_error < 1e-4 and report.max_relative_error < 1e-5
+    warnings = [event.data["text"] for event in events if event.kind == "warning"]
+    assert len(warnings) == 1 and "rounded once more" in warnings[0]
+    assert len(packed_modules(model)) == sum(report.matrices.values())
 
 
 def test_another_model_does_not_verify(exported: Get) -> None:

@@ -24,7 +24,7 @@ from compress.ops.library import LIBRARY_PATH
 
 Activations = Literal["float", "int8"]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-HAS_CUPY = importlib.util.find_spec("cupy") is not None
+HAS_CUDA_KERNELS = importlib.util.find_spec("cupy") is not None and torch.cuda.is_available()
 SHAPE = "int dim, int pulses, int[] levels, float[] gains, int shift"
 
 
@@ -284,8 +284,8 @@ def fused_devices() -> frozenset[str]:
 
 declare()
 attach("default", Processor())
-FUSED = frozenset({*(("cpu",) if LIBRARY_PATH is not None else ()), *(("cuda",) if HAS_CUPY else ())})
-if HAS_CUPY:
+FUSED = frozenset({*(("cpu",) if LIBRARY_PATH is not None else ()), *(("cuda",) if HAS_CUDA_KERNELS else ())})
+if HAS_CUDA_KERNELS:
     attach("CUDA", CudaKernels())
 if LIBRARY_PATH is not None:
     attach("cpu", HalfPyramidLibrary(LIBRARY_PATH))
