@@ -43,7 +43,10 @@ SIZE = 4096
 RATES = (1.5, 2, 2.5, 3, 3.25, 3.5, 4, 4.5, 5)
 CODECS: dict[str, tuple[str, dict[str, Any]]] = {
     "half_pyramid dim=8": ("half_pyramid", {"dim": 8}),
+    "half_pyramid dim=8 coset=false": ("half_pyramid", {"dim": 8, "coset": False}),
+    "half_pyramid dim=8 levels=uniform": ("half_pyramid", {"dim": 8, "levels": "uniform"}),
     "half_pyramid dim=16": ("half_pyramid", {"dim": 16}),
+    "half_pyramid dim=16 coset": ("half_pyramid", {"dim": 16, "coset": True}),
     "half_pyramid dim=16 levels=uniform": ("half_pyramid", {"dim": 16, "levels": "uniform"}),
     "half_pyramid dim=32": ("half_pyramid", {"dim": 32}),
     "half_pyramid dim=32 levels=uniform": ("half_pyramid", {"dim": 32, "levels": "uniform"}),
@@ -57,6 +60,8 @@ MOST_PADDING = 0.125
 ASKED_RATES = (2, 2.5, 3, 3.25, 3.5, 4)
 ASKED = {
     "half_pyramid dim=8": (0.0990, 0.0503, 0.0241, 0.0176, 0.0125, 0.0064),
+    "half_pyramid dim=8 coset=false": ("half_pyramid", {"dim": 8, "coset": False}),
+    "half_pyramid dim=8 levels=uniform": ("half_pyramid", {"dim": 8, "levels": "uniform"}),
     "half_pyramid dim=16": (0.0957, 0.0485, 0.0243, 0.0172, 0.0123, 0.0061),
     "pvq as published": (0.1465, 0.0605, 0.0296, 0.0202, 0.0139, 0.0069),
 }

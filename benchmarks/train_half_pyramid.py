@@ -14,6 +14,8 @@ best few (K, M), larger ones train them, and a fresh one measures what is writte
 twelve tables take about half an hour on two cores.
 
     python benchmarks/train_half_pyramid.py --out compress/codecs/half_pyramid/tables.json
+
+Several runs (--dims, --only, --rates, --weights) may write to one file: the lower error of each width stays.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from torch import Tensor
 from compress import ops
 from compress.ops.half_pyramid.shape import MOST_LEVELS, HalfShape, composition_counts, uniform_levels
 
+VERSION = 1
 MOST_GAINS = 24
 MOST_LIMIT = 31
 LARGEST_VALUE = 127
@@ -191,12 +194,22 @@ def row_of(candidate: Candidate) -> dict[str, Any]:
 
 
 def write(path: Path, tables: list[tuple[Family, dict[int, Candidate]]]) -> None:
-    """The tables as JSON, one width a line."""
+    """The tables as JSON, one width a line. What the file has already stays where its error is lower."""
+    rows: dict[str, dict[int, dict[str, Any]]] = {}
+    if path.is_file():
+        for table in json.loads(path.read_text(encoding="utf-8"))["tables"]:
+            widths = table.pop("widths")
+            rows[json.dumps(table)] = {int(width): row for width, row in widths.items()}
+    for family, found in tables:
+        kept = rows.setdefault(json.dumps({"version": VERSION, **family.key}), {})
+        for width, candidate in found.items():
+            row = row_of(candidate)
+            if width not in kept or row["mse"] < kept[width]["mse"]:
+                kept[width] = row
     parts = []
-    for family, widths in tables:
-        lines = ",\n".join(f'   "{width}": {json.dumps(row_of(found))}' for width, found in widths.items())
-        head = json.dumps({"version": 1, **family.key})[:-1]
-        parts.append(f'  {head}, "widths": {{\n{lines}\n  }}}}')
+    for head, by_width in sorted(rows.items()):
+        lines = ",\n".join(f'   "{width}": {json.dumps(row)}' for width, row in sorted(by_width.items()))
+        parts.append(f'  {head[:-1]}, "widths": {{\n{lines}\n  }}}}')
     path.write_text('{"tables": [\n' + ",\n".join(parts) + "\n]}\n", encoding="utf-8")
 
 
@@ -222,8 +235,8 @@ def main() -> None:
             tables.append((family, widths))
             for width in range(round(low * dim), round(high * dim) + 1):
                 before = widths.get(width - 1)
-                centre = before.shape.limit if before is not None else 2
-                limits = list(range(max(1, centre - 1), min(centre + 2, MOST_LIMIT) + 1))
+                low, high = (1, MOST_LIMIT) if before is None else (before.shape.limit - 1, before.shape.limit + 2)
+                limits = list(range(max(1, low), min(high, MOST_LIMIT) + 1))
                 found = widths[width] = train(family, width, limits, before, samples)
                 shape = found.shape
                 print(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -79,10 +80,24 @@ def inspect(folder: Path, as_json: bool, verbose: bool) -> None:
     click.echo(f"\n{figures_text(figures)}")
 
 
-def _codecs() -> list[str]:
-    from compress.codecs import codec_names
+def _codecs() -> list[dict[str, Any]]:
+    from compress.codecs import codec, codec_names
 
-    return codec_names()
+    listed = []
+    for name in codec_names():
+        method = codec(name)
+        widths = method.widths()
+        summary = str(sys.modules[type(method).__module__].__doc__).partition("\n")[0]
+        listed.append(
+            {
+                "name": name,
+                "options": dataclasses.asdict(method.config),
+                "bits_per_weight": [widths[0] / method.dim, widths[-1] / method.dim],
+                "containers": list(method.containers(method.spec(widths[-1]))),
+                "is": " ".join(f"{summary} {method.config_type.__doc__}".split()),
+            }
+        )
+    return listed
 
 
 def _first_sentence(text: str) -> str:

@@ -41,11 +41,15 @@ def cell(value: Any) -> str:
 
 
 def entry_text(entry: str | Mapping[str, Any]) -> str:
-    """An entry of a list: its name alone, or a loss as it is written on the command line, with what it is below."""
+    """An entry of a list: its name alone, or a method as it is written on the command line, with what it is below."""
     if isinstance(entry, str):
         return entry
     options = ",".join(f"{name}={option_text(value)}" for name, value in entry["options"].items())
-    needs = f"  (reads: {', '.join(entry['needs'])})" if entry["needs"] else ""
+    needs = f"  (reads: {', '.join(entry['needs'])})" if entry.get("needs") else ""
+    if "bits_per_weight" in entry:
+        low, high = entry["bits_per_weight"]
+        carried = ", ".join(entry["containers"]) or "no stock container"
+        needs = f"  ({low:g} to {high:g} bits a weight before row scales; exact in: {carried})"
     head = f"{entry['name']}{':' if options else ''}{options}"
     return "\n".join([head, *textwrap.wrap(entry["is"] + needs, 112, initial_indent="    ", subsequent_indent="    ")])
 

@@ -1,6 +1,6 @@
 // What the driver of products with prepared half-integer pyramids (half_prepared.cpp) and its loops
 // (half_prepared_blocks.cpp) share. The loops are compiled once for each instruction set, so nothing here may be code
-// that they call: the linker would keep one copy of it for all.
+// with a name for the linker, who would keep one copy of it for all.
 //
 // Prepared rows hold the levels' indices themselves, where the payload has ranks: about a bit more for each weight, and
 // no table or division between memory and a product. 256 weights of a row, 32 octets, are one chunk. With g = 0..7 the
@@ -31,15 +31,14 @@ constexpr int kChunkOctets = 32;
 constexpr int kUnitOctets = 8;
 constexpr int kIndexBytes = 128, kPlaneBytes = 32;
 
-// Where the parts of a chunk begin. Macros' place is taken by constants of the widths' number alone.
+// Where the parts of a chunk lie that follow its indices.
 struct ChunkLayout {
-  bool signs, uppers, wide_digits;
-  int digits, bytes;
+  int uppers, digits, bytes;
 };
 
-constexpr ChunkLayout chunk_layout(bool signs, bool uppers, bool wide_digits) {
-  return {signs, uppers, wide_digits, kIndexBytes + kPlaneBytes * (signs + uppers),
-          kIndexBytes + kPlaneBytes * (signs + uppers) + (wide_digits ? kChunkOctets : kChunkOctets / 2)};
+static constexpr ChunkLayout chunk_layout(int limit, int gain_count) {
+  const int uppers = kIndexBytes + (limit > 7 ? kPlaneBytes : 0), digits = uppers + (limit > 15 ? kPlaneBytes : 0);
+  return {uppers, digits, digits + (gain_count > 8 ? kChunkOctets : kChunkOctets / 2)};
 }
 
 // Rows of activations, each in the order that the loops want, filled up with zeros to `chunks` chunks.

@@ -162,7 +162,7 @@ template <int D>
 using Rank = typename RankOf<D>::Type;
 // Of a group (`kTop`), or of D of its coordinates.
 template <int D, bool kTop, bool kDeep>
-using PartRank = Rank<kDeep && !kTop && D > 4 ? 2 * D : D>;
+using PartRank = Rank<(kDeep && !kTop && D > 4) ? 2 * D : D>;
 
 // The tables of a shape, made by compress/ops/half_pyramid/tables.py. `words` holds, for d = 4, 8, 16 below D, N_d(k)
 // of k = 0..K and T_d(k, .), K + 1 rows of `stride`; then T_D(K, .), `stride` low and `stride` high words. A row is

@@ -1,9 +1,5 @@
 // The loops in AVX2: included by half_pyramid_blocks.cpp. Eight octets at once: lane g holds the four low parts, or the
-// four high ones, of octet g as bytes, so a dot product of bytes leaves one integer for each octet.
-//
-// Floats need no conversion of integers: a level below 128 is a bfloat16, whose two bytes two shuffles look up. Bytes
-// are interleaved to words, and a word in the upper half of a lane is the float. That orders octets as 0 0 1 1 4 4 5 5
-// and 2 2 3 3 6 6 7 7, which is how an unpacking of the gains with themselves orders those.
+// four high ones, of octet g as bytes.
 #pragma once
 
 #include <immintrin.h>
@@ -32,9 +28,9 @@ int read_whole_bytes(const uint8_t* bytes, int bits, int begin, int count, int p
   return i;
 }
 
-// Octets, gains and shifts of rests, from a table of all octets. With r = rank L + gain, rank = trunc((2 r + 1) / (2 L))
-// in float32. Where 2 ranks L < 2^22 that is exact (`kShort`, which also has at most eight gains). Elsewhere, for ranks
-// up to 2^20 and rests below 2^30, the quotient is taken a little too small, and at most one is missing.
+// Octets, gains and shifts of rests, from a table of all octets. With r = rank L + gain, rank is (2 r + 1) / (2 L) cut
+// off, in float32. Where 2 ranks L < 2^22 that is exact (`kShort`, which also has at most eight gains). Elsewhere, for
+// ranks up to 2^20 and rests below 2^30, the quotient is taken a little too small, and at most one is missing.
 template <bool kShort>
 class LookUp {
  public:
@@ -127,6 +123,22 @@ inline void for_octets(const HalfCode& code, HalfTile& tile, int count, const Us
     pipeline(count, LookUp<false>(code, tile), use);
 }
 
+// Bytes of ones where the bits of eight octets, a byte each, are set: those of the low parts and of the high ones.
+struct Masks {
+  __m256i low, high;
+};
+
+inline Masks masks_of(const uint8_t* bytes) {
+  const __m256i spread = _mm256_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3,  //
+                                          4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7);
+  const __m256i low_bits = _mm256_set1_epi32(0x08040201), high_bits = _mm256_set1_epi32(static_cast<int>(0x80402010));
+  int64_t packed;
+  memcpy(&packed, bytes, 8);
+  const __m256i bits = _mm256_shuffle_epi8(_mm256_set1_epi64x(packed), spread);
+  return {_mm256_cmpeq_epi8(_mm256_and_si256(bits, low_bits), low_bits),
+          _mm256_cmpeq_epi8(_mm256_and_si256(bits, high_bits), high_bits)};
+}
+
 // Of eight octets: the indices of levels, and bytes of ones where a weight is negative.
 struct Lanes {
   __m256i low, high, low_negative, high_negative;
@@ -135,15 +147,9 @@ struct Lanes {
 inline Lanes lanes_of(const HalfTile& tile, int i) {
   const __m256i nibble = _mm256_set1_epi8(15);
   const __m256i octets = _mm256_load_si256(reinterpret_cast<const __m256i*>(tile.octets + i));
-  const __m256i spread = _mm256_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3,  //
-                                          4, 4, 4, 4, 5, 5, 5, 5, 6, 6, 6, 6, 7, 7, 7, 7);
-  const __m256i low_bits = _mm256_set1_epi32(0x08040201), high_bits = _mm256_set1_epi32(static_cast<int>(0x80402010));
-  int64_t packed;
-  memcpy(&packed, tile.signs + i, 8);
-  const __m256i signs = _mm256_shuffle_epi8(_mm256_set1_epi64x(packed), spread);
-  return {_mm256_and_si256(octets, nibble), _mm256_and_si256(_mm256_srli_epi32(octets, 4), nibble),
-          _mm256_cmpeq_epi8(_mm256_and_si256(signs, low_bits), low_bits),
-          _mm256_cmpeq_epi8(_mm256_and_si256(signs, high_bits), high_bits)};
+  const Masks negative = masks_of(tile.signs + i);
+  return {_mm256_and_si256(octets, nibble), _mm256_and_si256(_mm256_srli_epi32(octets, 4), nibble), negative.low,
+          negative.high};
 }
 
 inline __m256i table_of(const uint8_t* bytes) {
@@ -152,20 +158,23 @@ inline __m256i table_of(const uint8_t* bytes) {
 
 inline __m256i negate(__m256i v, __m256i negative) { return _mm256_sub_epi8(_mm256_xor_si256(v, negative), negative); }
 
-inline float sum_of(__m256 v) {
-  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
-}
-
-void scale(const HalfCode& code, HalfTile& tile, int count, float row_scale, float* out) {
+// The levels of a deep pyramid have equal steps: a top adds sixteen of them.
+template <bool kDeep>
+void scale_of(const HalfCode& code, HalfTile& tile, int count, float row_scale, float* out) {
   const __m256i levels = table_of(code.levels);
+  const __m256i rise = _mm256_set1_epi8(static_cast<char>(kDeep ? code.levels[16] - code.levels[0] : 0));
   for_octets(code, tile, count, [&](int i) {
     alignas(32) int8_t values[64];
     alignas(32) float factors[8];
     const Lanes lanes = lanes_of(tile, i);
-    const __m256i low = negate(_mm256_shuffle_epi8(levels, lanes.low), lanes.low_negative);
-    const __m256i high = negate(_mm256_shuffle_epi8(levels, lanes.high), lanes.high_negative);
+    __m256i low = _mm256_shuffle_epi8(levels, lanes.low), high = _mm256_shuffle_epi8(levels, lanes.high);
+    if constexpr (kDeep) {
+      const Masks tops = masks_of(tile.tops + i);
+      low = _mm256_add_epi8(low, _mm256_and_si256(tops.low, rise));
+      high = _mm256_add_epi8(high, _mm256_and_si256(tops.high, rise));
+    }
+    low = negate(low, lanes.low_negative);
+    high = negate(high, lanes.high_negative);
     const __m256i first = _mm256_unpacklo_epi32(low, high), second = _mm256_unpackhi_epi32(low, high);
     __m256i* to = reinterpret_cast<__m256i*>(values);
     _mm256_store_si256(to, _mm256_permute2x128_si256(first, second, 0x20));
@@ -180,123 +189,8 @@ void scale(const HalfCode& code, HalfTile& tile, int count, float row_scale, flo
   });
 }
 
-// The weight that a place among 64 floats stands for, in units of the octets' natural order.
-inline int weight_at(int place) {
-  const int odd = place >> 3 & 1, high = place >> 4 & 1, second = place >> 5, lane = place & 7;
-  const int octet = 4 * (lane >> 2) + 2 * second + (lane >> 1 & 1);
-  return 8 * octet + 4 * high + 2 * (lane & 1) + odd;
-}
-
-void arrange_floats(const float* x, int64_t octets, float* out) {
-  for (int64_t i = 0; i < octets * 8; i += 64)
-    for (int place = 0; place < 64; ++place) out[i + place] = x[i + weight_at(place)];
-}
-
-void arrange_integers(const int8_t* x, int64_t octets, int8_t* out) {
-  for (int64_t i = 0; i < octets; i += 8)
-    for (int g = 0; g < 8; ++g) {
-      memcpy(out + 8 * i + 4 * g, x + 8 * (i + g), 4);
-      memcpy(out + 8 * i + 32 + 4 * g, x + 8 * (i + g) + 4, 4);
-    }
-}
-
-// The floats of 16 words, first the lower ones of each lane, then the upper ones.
-inline __m256 lower_floats(__m256i words) { return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16)); }
-inline __m256 upper_floats(__m256i words) {
-  return _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
-}
-
-template <int R>
-void dot_floats_of(const HalfCode& code, HalfTile& tile, int count, const HalfInputs& x, int64_t start, float* sums) {
-  alignas(16) uint8_t upper_bytes[16], lower_bytes[16];
-  for (int m = 0; m < 16; ++m) {
-    const float level = code.levels[m];
-    uint32_t bits;
-    memcpy(&bits, &level, 4);
-    upper_bytes[m] = static_cast<uint8_t>(bits >> 24);
-    lower_bytes[m] = static_cast<uint8_t>(bits >> 16);
-  }
-  const __m256i uppers = table_of(upper_bytes), lowers = table_of(lower_bytes), minus = _mm256_set1_epi8(-128);
-  __m256 total[R];
-  for (int r = 0; r < R; ++r) total[r] = _mm256_setzero_ps();
-  for_octets(code, tile, count, [&](int i) {
-    const Lanes lanes = lanes_of(tile, i);
-    const __m256i low = _mm256_shuffle_epi8(lowers, lanes.low), high = _mm256_shuffle_epi8(lowers, lanes.high);
-    const __m256i low_upper =
-        _mm256_xor_si256(_mm256_shuffle_epi8(uppers, lanes.low), _mm256_and_si256(lanes.low_negative, minus));
-    const __m256i high_upper =
-        _mm256_xor_si256(_mm256_shuffle_epi8(uppers, lanes.high), _mm256_and_si256(lanes.high_negative, minus));
-    const __m256i a = _mm256_unpacklo_epi8(low, low_upper), b = _mm256_unpacklo_epi8(high, high_upper);
-    const __m256i c = _mm256_unpackhi_epi8(low, low_upper), d = _mm256_unpackhi_epi8(high, high_upper);
-    const __m256 gain = _mm256_load_ps(tile.gains + i);
-    const __m256 first_gain = _mm256_unpacklo_ps(gain, gain), second_gain = _mm256_unpackhi_ps(gain, gain);
-    const __m256 moved = _mm256_mul_ps(gain, _mm256_load_ps(tile.shifts + i));
-    for (int r = 0; r < R; ++r) {
-      const float* at = x.floats + 8 * (r * x.octets + start + i);
-      __m256 first = _mm256_mul_ps(lower_floats(a), _mm256_loadu_ps(at));
-      first = _mm256_fmadd_ps(upper_floats(a), _mm256_loadu_ps(at + 8), first);
-      first = _mm256_fmadd_ps(lower_floats(b), _mm256_loadu_ps(at + 16), first);
-      first = _mm256_fmadd_ps(upper_floats(b), _mm256_loadu_ps(at + 24), first);
-      __m256 second = _mm256_mul_ps(lower_floats(c), _mm256_loadu_ps(at + 32));
-      second = _mm256_fmadd_ps(upper_floats(c), _mm256_loadu_ps(at + 40), second);
-      second = _mm256_fmadd_ps(lower_floats(d), _mm256_loadu_ps(at + 48), second);
-      second = _mm256_fmadd_ps(upper_floats(d), _mm256_loadu_ps(at + 56), second);
-      total[r] = _mm256_fmadd_ps(first, first_gain, total[r]);
-      total[r] = _mm256_fmadd_ps(second, second_gain, total[r]);
-      total[r] = _mm256_fmadd_ps(moved, _mm256_loadu_ps(x.sums + r * x.octets + start + i), total[r]);
-    }
-  });
-  for (int r = 0; r < R; ++r) sums[r] += sum_of(total[r]);
-}
-
-// total + the sum of t x over four bytes, t < 128 and |x| < 128.
-inline __m256i dot_bytes(__m256i total, __m256i t, __m256i x) {
-#if defined(__AVX512VNNI__)
-  return _mm256_dpbusd_epi32(total, t, x);
-#else
-  return _mm256_add_epi32(total, _mm256_madd_epi16(_mm256_maddubs_epi16(t, x), _mm256_set1_epi16(1)));
-#endif
-}
-
-template <int R>
-void dot_integers_of(const HalfCode& code, HalfTile& tile, int count, const HalfInputs& x, int64_t start,
-                     float* sums) {
-  const __m256i levels = table_of(code.levels), odd = _mm256_set1_epi8(1);
-  __m256 total[R];
-  for (int r = 0; r < R; ++r) total[r] = _mm256_setzero_ps();
-  for_octets(code, tile, count, [&](int i) {
-    const Lanes lanes = lanes_of(tile, i);
-    const __m256i low = _mm256_shuffle_epi8(levels, lanes.low), high = _mm256_shuffle_epi8(levels, lanes.high);
-    const __m256i low_sign = _mm256_or_si256(lanes.low_negative, odd);
-    const __m256i high_sign = _mm256_or_si256(lanes.high_negative, odd);
-    const __m256 gain = _mm256_load_ps(tile.gains + i), shift = _mm256_load_ps(tile.shifts + i);
-    for (int r = 0; r < R; ++r) {
-      const __m256i* at = reinterpret_cast<const __m256i*>(x.integers + 8 * (r * x.octets + start + i));
-      const __m256i low_x = _mm256_sign_epi8(_mm256_loadu_si256(at), low_sign);
-      const __m256i high_x = _mm256_sign_epi8(_mm256_loadu_si256(at + 1), high_sign);
-      const __m256 dot = _mm256_cvtepi32_ps(dot_bytes(dot_bytes(_mm256_setzero_si256(), low, low_x), high, high_x));
-      const __m256 moved = _mm256_fmadd_ps(shift, _mm256_loadu_ps(x.sums + r * x.octets + start + i), dot);
-      total[r] = _mm256_fmadd_ps(gain, moved, total[r]);
-    }
-  });
-  for (int r = 0; r < R; ++r) sums[r] += sum_of(total[r]);
-}
-
-// The tile must hold whole lanes of eight octets.
-void dot_floats(const HalfCode& code, HalfTile& tile, int count, const HalfInputs& x, int64_t start, int rows,
-                float* sums) {
-  if (rows == 1) return dot_floats_of<1>(code, tile, count, x, start, sums);
-  if (rows == 2) return dot_floats_of<2>(code, tile, count, x, start, sums);
-  if (rows == 4) return dot_floats_of<4>(code, tile, count, x, start, sums);
-  return dot_floats_of<8>(code, tile, count, x, start, sums);
-}
-
-void dot_integers(const HalfCode& code, HalfTile& tile, int count, const HalfInputs& x, int64_t start, int rows,
-                  float* sums) {
-  if (rows == 1) return dot_integers_of<1>(code, tile, count, x, start, sums);
-  if (rows == 2) return dot_integers_of<2>(code, tile, count, x, start, sums);
-  if (rows == 4) return dot_integers_of<4>(code, tile, count, x, start, sums);
-  return dot_integers_of<8>(code, tile, count, x, start, sums);
+void scale(const HalfCode& code, HalfTile& tile, int count, float row_scale, float* out) {
+  (code.limit > kMostNibble ? scale_of<true> : scale_of<false>)(code, tile, count, row_scale, out);
 }
 
 }  // namespace

@@ -23,10 +23,12 @@ void look_up(const HalfCode& code, HalfTile& tile, int count) {
   }
 }
 
-// The eight numbers s_j t[m_j].
-inline void signed_levels(const uint8_t* levels, uint32_t octet, int signs, int8_t* out) {
+// The eight numbers s_j t[m_j] of octet i.
+inline void signed_levels(const HalfCode& code, const HalfTile& tile, int i, int8_t* out) {
+  const int signs = tile.signs[i], tops = code.limit > kMostNibble ? tile.tops[i] : 0;
   for (int j = 0; j < 8; ++j) {
-    const int level = levels[octet >> (j < 4 ? 8 * j : 8 * j - 28) & 15];
+    const int nibble = tile.octets[i] >> (j < 4 ? 8 * j : 8 * j - 28) & 15;
+    const int level = code.levels[nibble | (tops >> j & 1) << 4];
     out[j] = static_cast<int8_t>(signs >> j & 1 ? -level : level);
   }
 }
@@ -35,43 +37,9 @@ void scale(const HalfCode& code, HalfTile& tile, int count, float row_scale, flo
   look_up(code, tile, count);
   for (int i = 0; i < count; ++i) {
     int8_t v[8];
-    signed_levels(code.levels, tile.octets[i], tile.signs[i], v);
+    signed_levels(code, tile, i, v);
     const float c = row_scale * tile.gains[i];
     for (int j = 0; j < 8; ++j) out[8 * i + j] = c * (static_cast<float>(v[j]) + tile.shifts[i]);
-  }
-}
-
-void arrange_floats(const float* x, int64_t octets, float* out) { memcpy(out, x, octets * 8 * sizeof *x); }
-void arrange_integers(const int8_t* x, int64_t octets, int8_t* out) { memcpy(out, x, octets * 8); }
-
-void dot_floats(const HalfCode& code, HalfTile& tile, int count, const HalfInputs& x, int64_t start, int rows,
-                float* sums) {
-  look_up(code, tile, count);
-  for (int i = 0; i < count; ++i) {
-    int8_t v[8];
-    signed_levels(code.levels, tile.octets[i], tile.signs[i], v);
-    for (int r = 0; r < rows; ++r) {
-      const int64_t place = r * x.octets + start + i;
-      float dot = tile.shifts[i] * x.sums[place];
-      for (int j = 0; j < 8; ++j) dot += static_cast<float>(v[j]) * x.floats[8 * place + j];
-      sums[r] += tile.gains[i] * dot;
-    }
-  }
-}
-
-void dot_integers(const HalfCode& code, HalfTile& tile, int count, const HalfInputs& x, int64_t start, int rows,
-                  float* sums) {
-  look_up(code, tile, count);
-  look_up(code, tile, count);
-  for (int i = 0; i < count; ++i) {
-    int8_t v[8];
-    signed_levels(code.levels, tile.octets[i], tile.signs[i], v);
-    for (int r = 0; r < rows; ++r) {
-      const int64_t place = r * x.octets + start + i;
-      int dot = 0;
-      for (int j = 0; j < 8; ++j) dot += v[j] * x.integers[8 * place + j];
-      sums[r] += tile.gains[i] * (static_cast<float>(dot) + tile.shifts[i] * x.sums[place]);
-    }
   }
 }
 

@@ -68,8 +68,7 @@ void read(const uint8_t* const* planes, int bits, int64_t first, int count, uint
   }
 }
 
-constexpr HalfLoops kLoops = {read,             largest,    scale,
-                              arrange_floats, arrange_integers, dot_floats, dot_integers};
+constexpr HalfLoops kLoops = {read, largest, scale};
 
 }  // namespace
 

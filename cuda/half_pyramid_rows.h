@@ -7,17 +7,19 @@
 
 namespace compress {
 
-// A shape and the tables of compress/ops/half_pyramid/tables.py; the fields that compress/ops/half_pyramid/native.py gives.
+// A shape and the tables of compress/ops/half_pyramid/tables.py, as compress/ops/half_pyramid/native.py gives them.
 struct HalfCode {
   const uint64_t* words;
-  const uint16_t* quads;
+  const void* quads;  // uint16_t, of a deep pyramid uint32_t
   const uint32_t* quad_starts;
   const uint32_t* octets;  // of every rank; null where D > 8 or there are too many
   const float* gains;
-  const uint8_t* levels;      // 16
+  const uint8_t* levels;         // 32, zeros behind the last
   uint64_t last_low, last_high;  // the largest rest
   int32_t dim, pulses, limit, stride, gain_count, shift, bits;
 };
+
+constexpr int kMostNibble = 15;  // a pyramid whose limit is above it is deep: the fifth bits of its m lie in tops
 
 constexpr int kTileOctets = 512;
 constexpr int kLane = 8;  // tiles are filled up to a multiple of it with octets of gain 0
@@ -32,18 +34,11 @@ struct HalfTile {
   alignas(64) float shifts[kTileRoom];  // +d or -d
   const uint8_t* signs;  // in the plane, or a copy of them, filled up
   alignas(64) uint8_t last_signs[kTileRoom];
+  alignas(64) uint8_t tops[kTileRoom];  // of a deep pyramid
 };
 
-// Rows of activations, each in the order that the loops want, filled up with zeros to `octets` octets.
-struct HalfInputs {
-  const float* floats;    // either these
-  const int8_t* integers;  // or these
-  const float* sums;      // of each octet
-  int64_t octets;
-};
-
-// All take whole lanes. Where the code has a table of octets, a tile comes with rests alone, and the loops look its octets,
-// gains and shifts up; a rest that is too large is taken as the last one.
+// All take whole lanes. Where the code has a table of octets, a tile comes with rests alone, and the loops look its
+// octets, gains and shifts up; a rest that is too large is taken as the last one.
 struct HalfLoops {
   // rests of `count` groups of 8 from group `first` on
   void (*read)(const uint8_t* const* planes, int bits, int64_t first, int count, uint32_t* rests);
@@ -51,14 +46,6 @@ struct HalfLoops {
   uint32_t (*largest)(const uint32_t* rests, int count);
   // out[8 i + j] = (row_scale gain_i) v_ij
   void (*scale)(const HalfCode& code, HalfTile& tile, int count, float row_scale, float* out);
-  // one row of activations, from x [8 octets], x is filled up
-  void (*arrange_floats)(const float* x, int64_t octets, float* out);
-  void (*arrange_integers)(const int8_t* x, int64_t octets, int8_t* out);
-  // sums[r] += sum over i of gain_i (sum over j of v_ij x_rij), for `rows` = 1, 2, 4 or 8 rows, from octet `start` on
-  void (*dot_floats)(const HalfCode& code, HalfTile& tile, int count, const HalfInputs& x, int64_t start, int rows,
-                     float* sums);
-  void (*dot_integers)(const HalfCode& code, HalfTile& tile, int count, const HalfInputs& x, int64_t start,
-                       int rows, float* sums);
 };
 
 const HalfLoops* half_loops_base();

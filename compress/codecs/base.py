@@ -156,6 +156,7 @@ class Codec(Protocol):
     """One way to make bits of a matrix. Construct it through `compress.codecs.codec(name, **options)`."""
 
     config_type: ClassVar[type[Any]]
+    config: Any
 
     def __init__(self, config: Any) -> None: ...
 

@@ -10,7 +10,7 @@ ONNX Runtime's processor kernels take bits 2, 4, 8 and block 16, 32, ... 256. A 
 fits bit for bit, at the price of the container's size: 4 bits when all integers are in [-8, 7], else 8. Groups that are
 no multiple of 16 share blocks, whose weights are then rounded once more, to 8 bits: some 2e-5 of their energy, a
 thousandth of what few bits cost, and reported. Only 4 bits have a kernel that reads them directly; 8 bits are decoded
-at each call. Two bits would be exact for integers in [-2, 1], and slower than 4 by a factor of 20, so they are not used.
+at each call. Two bits, exact for integers in [-2, 1], are slower than 4 by a factor of 20, so they are not used.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +108,7 @@ def with_weights(model: PreTrainedModel, containers: Mapping[str, Container]) ->
         for name, container in containers.items():
             linear = nn.Linear(container.columns, container.rows, bias=False, device="meta")
             linear.weight = nn.Parameter(container.weight(), requires_grad=False)
-            linear.bias = before[name].bias
+            linear.register_parameter("bias", cast("nn.Parameter | None", before[name].bias))
             model.set_submodule(name, linear)
         yield
     finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -16,10 +17,12 @@ from compress.errors import CodecError, CompressError
 from compress.ops.bits import pack_bits
 from compress.ops.half_pyramid import reference
 from compress.ops.half_pyramid.native import HalfPyramidLibrary
-from compress.ops.half_pyramid.shape import HalfShape, plane_widths, uniform_levels
+from compress.ops.half_pyramid.shape import HalfShape, composition_counts, plane_widths, uniform_levels
 from compress.ops.native import INSTRUCTIONS, find_library
 
 TRAINED = (10, 28, 43, 58, 72, 85, 97, 109, 120)
+STEEP = tuple(range(2, 2 + 3 * 25, 3))
+STEEPEST = tuple(range(2, 2 + 3 * 32, 3))
 
 
 def gains(count: int) -> tuple[float, ...]:
@@ -39,6 +42,14 @@ SHAPES = {
     "16, all bits": (HalfShape(16, 120, uniform_levels(15), gains(30)), 80),
     "32, coset": (HalfShape(32, 44, uniform_levels(15), gains(5), 1), 106),
     "32, above 120 bits": (HalfShape(32, 200, uniform_levels(15), gains(5)), 160),
+    "8, 17 levels": (HalfShape(8, 40, uniform_levels(16), gains(5)), 36),
+    "8, 25 levels, coset": (HalfShape(8, 43, STEEP, gains(6), 1), 39),
+    "8, 32 levels": (HalfShape(8, 48, STEEPEST, gains(9), 1), 40),
+    "16, 25 levels, coset": (HalfShape(16, 75, STEEP, gains(5), 1), 75),
+    "16, 32 levels": (HalfShape(16, 92, uniform_levels(31), gains(5)), 80),
+    "16, nearly full": (HalfShape(16, 490, uniform_levels(31), gains(5)), 37),
+    "32, 25 levels, coset": (HalfShape(32, 150, STEEP, gains(5), 1), 151),
+    "32, 32 levels": (HalfShape(32, 185, STEEPEST, gains(5), 1), 160),
 }
 
 
@@ -108,6 +119,28 @@ def test_pack_and_unpack(library: HalfPyramidLibrary, name: str, groups: int) ->
     coset = torch.tensor([rest & 1 if shape.coset else 0 for rest in rests], dtype=torch.int64)
     packed = library.pack(values, gain, coset, shape, width)
     assert all(torch.equal(got, want) for got, want in zip(packed, planes, strict=True))
+
+
+@every_shape
+def test_uneven_halves(library: HalfPyramidLibrary, name: str) -> None:
+    """Every sum of the left half as often as any other: of random rests nearly all have two halves alike."""
+    shape, width = SHAPES[name]
+    half, groups, chance = shape.dim // 2, 200, random.Random(1)
+    counts = composition_counts(half, shape.pulses, shape.limit)[half]
+    possible = [k for k in range(shape.pulses + 1) if counts[k] and counts[shape.pulses - k]]
+    left = np.array([chance.choice(possible) for _ in range(groups)])
+    m = []
+    for sums in (left, shape.pulses - left):
+        ranks = np.array([chance.randrange(counts[k]) for k in sums], dtype=object)
+        m.append(reference.unrank_compositions(ranks, sums, half, shape.limit))
+    signs = torch.randint(0, 2, (groups, shape.dim), generator=torch.Generator().manual_seed(1)) * 2 - 1
+    values = (signs * torch.tensor(shape.levels)[torch.from_numpy(np.concatenate(m, 1))] + shape.shift).to(torch.int8)
+    gain, coset = torch.arange(groups) % len(shape.gains), torch.zeros(groups, dtype=torch.int64)
+    packed = library.pack(values, gain, coset, shape, width)
+    wanted = reference.pack(values, gain, coset, shape, width)
+    assert all(torch.equal(mine, true) for mine, true in zip(packed, wanted, strict=True))
+    found_values, found_gain = library.unpack(packed, groups, shape, width)
+    assert torch.equal(found_values, values) and torch.equal(found_gain, gain)
 
 
 @pytest.mark.parametrize("bits", range(12, 33))

@@ -38,7 +38,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class HalfPyramidConfig:
-    """dim: weights in a group, 8, 16 or 32. coset: whether a bit shifts the group; by default with dim = 8.
+    """dim: weights in a group, 8, 16 or 32. coset: whether a bit shifts the group; by default below dim = 32.
     levels: "trained", or "uniform" for the half-integers themselves."""
 
     name: ClassVar[str] = "half_pyramid"
@@ -48,7 +48,7 @@ class HalfPyramidConfig:
 
     def __post_init__(self) -> None:
         if self.coset is None:
-            object.__setattr__(self, "coset", self.dim == 8)
+            object.__setattr__(self, "coset", self.dim < 32)
         if self.key not in shipped_tables():
             choices = sorted(key[1:] for key in shipped_tables() if key[0] == VERSION)
             known = "; ".join(f"dim={dim},coset={str(c).lower()},levels={levels}" for dim, c, levels in choices)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from compress.errors import CodecError, CompressError
 from compress.ops.bits import packed_bytes
-from compress.ops.half_pyramid.shape import MOST_LEVELS, HalfShape, plane_widths
+from compress.ops.half_pyramid.shape import MOST_EVEN_LEVELS, HalfShape, plane_widths
 from compress.ops.half_pyramid.tables import LARGEST_WORD, half_tables
 from compress.ops.native import INSTRUCTIONS, INT, INT64, POINTER, NativeLibrary
 
@@ -62,7 +62,7 @@ def prepare_shape(shape: HalfShape, width: int) -> PreparedShape:
         raise CodecError(f"A codebook of {shape.codes} for {shape.dim} weights in a code of {width} bits.")
     tables = half_tables(shape)
     gains = torch.tensor(shape.gains, dtype=torch.float32)
-    levels = torch.zeros(MOST_LEVELS, dtype=torch.uint8)
+    levels = torch.zeros(MOST_EVEN_LEVELS, dtype=torch.uint8)
     levels[: len(shape.levels)] = torch.tensor(shape.levels)
     kept = (tables.words, tables.quads, tables.quad_starts, tables.octets, gains, levels)
     last = shape.codes - 1

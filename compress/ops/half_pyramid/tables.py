@@ -44,7 +44,7 @@ def half_tables(shape: HalfShape) -> HalfTables:
     counts = composition_counts(shape.dim, shape.pulses, shape.limit)
     first = first_ranks(shape.dim, shape.pulses, shape.limit)
     parts = {d: [*counts[d], *_filled(first[d], stride)] for d in (4, 8, 16) if d < shape.dim}
-    top = _filled([first[shape.dim][shape.pulses]], stride)
+    top = [*_filled([first[shape.dim][shape.pulses]], stride)]
     numbers = [*itertools.chain(*parts.values()), *top]
     words = [value & LARGEST_WORD for value in numbers] + [value >> 64 for value in top]
     if shape.dim == 32 and deep(shape):
