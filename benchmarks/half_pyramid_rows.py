@@ -1,4 +1,4 @@
-"""Decoding of packed half-integer pyramids and products with them, beside torch's dense products.
+"""Decoding and preparing of packed half-integer pyramids, and products with prepared ones beside torch's dense ones.
 
 Every timing goes through distinct matrices, more than caches hold: `--matrices` times 4096 x 4096 weights. Codes are
 uniformly random, which is the worst case for a table of them. The relative output error of a product is that of
@@ -59,7 +59,7 @@ def milliseconds(step: Callable[[int], object], count: int, repeats: int) -> flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2, help="of products; decoding takes one")
+    parser.add_argument("--threads", type=int, default=2, help="of products; decoding and preparing take one")
     parser.add_argument("--matrices", type=int, default=80)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rows", type=int, nargs="+", default=[1], help="rows of activations")
@@ -78,10 +78,16 @@ def main() -> None:
     for name in args.shapes:
         shape, width = SHAPES[name]
         first = random_planes(shape, width, 0)
-        planes = [[plane.clone() for plane in first] for _ in range(args.matrices)]
+        planes = [[plane.clone() for plane in first] for _ in range(8)]
+        prepared = [library.prepare(first, SIZE, SIZE, shape, width) for _ in range(args.matrices)]
         torch.set_num_threads(1)
-        took = milliseconds(lambda i: library.decode(planes[i], scales, SIZE, shape, width), 8, args.repeats)  # noqa: B023
-        report: dict[str, object] = {"shape": name, "decoded M weights/s": round(SIZE * SIZE / took / 1e3)}
+        report: dict[str, object] = {"shape": name}
+        for step, work in (
+            ("decoded", lambda i: library.decode(planes[i], scales, SIZE, shape, width)),  # noqa: B023
+            ("prepared", lambda i: library.prepare(planes[i], SIZE, SIZE, shape, width)),  # noqa: B023
+        ):
+            report[f"{step} M weights/s"] = round(SIZE * SIZE / milliseconds(work, 8, args.repeats) / 1e3)
+        report["prepared bits a weight"] = round(8 * prepared[0].numel() / SIZE**2, 2)
         torch.set_num_threads(args.threads)
         weight = library.decode(first, scales, SIZE, shape, width).double()
         for rows in args.rows:
@@ -94,7 +100,7 @@ def main() -> None:
             for activations in ("int8", "float"):
 
                 def product(i: int) -> Tensor:
-                    return library.linear(x, planes[i], scales, shape, width, activations)  # noqa: B023
+                    return library.prepared_linear(x, prepared[i], scales, shape, activations)  # noqa: B023
 
                 took = milliseconds(product, args.matrices, args.repeats)
                 report[f"{activations}, {rows} rows"] = {

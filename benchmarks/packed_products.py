@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from statistics import median
+from typing import get_args
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from compress import ops
-from compress.ops.half_pyramid.library import Activations
+from compress.ops.half_pyramid.library import Activations, half_pyramid_prepare, half_pyramid_prepared_linear
 from compress.ops.half_pyramid.shape import HalfShape, plane_widths
 
 Step = Callable[[int], object]
@@ -35,30 +36,32 @@ def random_planes(shape: HalfShape, width: int, weights: int, seed: int) -> list
 
 
 def contest(
-    steps: Mapping[str, tuple[Step, int]], rounds: int, share: int, clock: Callable[[], float]
+    steps: Mapping[str, tuple[Step, int]], rounds: int, calls: int, clock: Callable[[], float]
 ) -> list[dict[str, float]]:
     """Seconds of one call of each contestant, for every round. A contestant is a function of the number of a matrix and
-    the number of matrices there are; in a round, all take their turns of 1 / share of their matrices."""
+    the number of matrices there are; in a round all take their turns of so many calls, each with the next matrix."""
     found = []
     for r in range(rounds):
         seconds = {}
         for name, (step, count) in steps.items():
-            calls = max(1, count // share)
             start = clock()
-            for i in range(calls):
-                step((r * calls + i) % count)
+            for i in range(r * calls, (r + 1) * calls):
+                step(i % count)
             seconds[name] = (clock() - start) / calls
         found.append(seconds)
     return found
 
 
 def summary(rounds: list[dict[str, float]], baselines: tuple[str, ...] = ()) -> dict[str, dict[str, float]]:
-    """Of every contestant the median and the least seconds, and the median over the rounds of baseline / own time."""
+    """Of every contestant the median and the least seconds, and two ratios of a baseline's time to its own: the median
+    over the rounds, and that of the least times, which on a busy machine says more."""
     result = {}
     for name in rounds[0]:
         times = [each[name] for each in rounds]
-        ratios = {f"ratio to {other}": median(each[other] / each[name] for each in rounds) for other in baselines}
-        result[name] = {"median": median(times), "least": min(times), **ratios}
+        result[name] = {"median": median(times), "least": min(times)}
+        for other in baselines:
+            result[name][f"ratio to {other}"] = median(each[other] / each[name] for each in rounds)
+            result[name][f"ratio to {other}, least"] = min(each[other] for each in rounds) / min(times)
     return result
 
 
@@ -66,17 +69,21 @@ def products(
     shape: HalfShape, width: int, size: int, rows: int, megabytes: int, rounds: int, clock: Callable[[], float]
 ) -> dict[str, dict[str, float]]:
     """y = x W^T for x [rows, size], W [size, size]: seconds in the threads that torch has, and the relative error
-    |y - exact|_2 / |exact|_2, where exact is the product with the same W in float64."""
-    first = random_planes(shape, width, size * size, 0)
-    packed = copies(first, megabytes)
+    |y - exact|_2 / |exact|_2, where exact is the product with the same W in float64.
+
+    Packed matrices are multiplied in the form that `half_pyramid_prepare` makes once of their planes: `bits` a weight.
+    """
+    planes = random_planes(shape, width, size * size, 0)
+    prepared = half_pyramid_prepare(planes, size, size, shape, width)
+    packed = copies([prepared], megabytes)
     dense = {dtype: copies([torch.randn(size, size).to(dtype)], megabytes) for dtype in (torch.bfloat16, torch.float32)}
     scales = 0.5 + torch.rand(size, generator=torch.Generator().manual_seed(1))
     x = torch.randn(rows, size, generator=torch.Generator().manual_seed(rows))
-    weight = ops.half_pyramid_decode(first, scales, size, shape, width).double()
+    weight = ops.half_pyramid_decode(planes, scales, size, shape, width).double()
     exact = x.double() @ weight.T
 
     def product(activations: Activations) -> Callable[[int], Tensor]:
-        return lambda i: ops.half_pyramid_linear(x, packed[i], scales, shape, width, activations)
+        return lambda i: half_pyramid_prepared_linear(x, packed[i][0], scales, shape, activations)
 
     def baseline(dtype: torch.dtype) -> Callable[[int], Tensor]:
         own = x.to(dtype)
@@ -89,8 +96,9 @@ def products(
         "fp32": (baseline(torch.float32), len(dense[torch.float32])),
     }
     report = summary(contest(ways, rounds, 4, clock), ("bf16", "fp32"))
-    for name in ("int8", "float"):
-        report[name]["error"] = float((ways[name][0](0) - exact).norm() / exact.norm())
+    for name in get_args(Activations):
+        report[name]["bits"] = prepared.numel() * 8 / size**2
+        report[name]["error"] = float((product(name)(0) - exact).norm() / exact.norm())
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         report[name]["error"] = float((linear(x.to(dtype), weight.to(dtype)) - exact).norm() / exact.norm())
     return report

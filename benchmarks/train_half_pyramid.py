@@ -235,8 +235,9 @@ def main() -> None:
             tables.append((family, widths))
             for width in range(round(low * dim), round(high * dim) + 1):
                 before = widths.get(width - 1)
-                low, high = (1, MOST_LIMIT) if before is None else (before.shape.limit - 1, before.shape.limit + 2)
-                limits = list(range(max(1, low), min(high, MOST_LIMIT) + 1))
+                centre = None if before is None else before.shape.limit
+                least, most = (1, MOST_LIMIT) if centre is None else (max(1, centre - 1), min(centre + 2, MOST_LIMIT))
+                limits = list(range(least, most + 1))
                 found = widths[width] = train(family, width, limits, before, samples)
                 shape = found.shape
                 print(

@@ -27,7 +27,8 @@ struct SearchTables {
   std::vector<float> inverse;
   float level[kLevels] = {}, rise[kLevels] = {}, cost[kLevels] = {};
 
-  SearchTables(const float* gains, int gain_count, const int8_t* levels, int level_count, int dim, int shift, int pulses)
+  SearchTables(const float* gains, int gain_count, const int8_t* levels, int level_count, int dim, int shift, int pulses,
+               int least, int most)
       : inverse(gain_count) {
     for (int j = 0; j < gain_count; ++j) inverse[j] = 1.0f / gains[j];
     const int limit = level_count - 1, anchor = limit < 4 ? limit : 4;
@@ -41,8 +42,23 @@ struct SearchTables {
         cost[m] = level[m + 1] * level[m + 1] - level[m] * level[m];
       }
     }
-    search = {dim,   pulses, limit,        gain_count, static_cast<float>(shift), 1.0f / pitch, levels[0] / pitch, gains,
-              inverse.data(), !uniform, pitch, static_cast<float>(levels[0]), level, rise, cost};
+    search = {dim,
+              pulses,
+              limit,
+              gain_count,
+              static_cast<float>(shift),
+              1.0f / pitch,
+              static_cast<float>(levels[0]) / pitch,
+              static_cast<float>(least),
+              static_cast<float>(most),
+              gains,
+              inverse.data(),
+              !uniform,
+              pitch,
+              static_cast<float>(levels[0]),
+              level,
+              rise,
+              cost};
   }
 };
 
@@ -59,12 +75,12 @@ void first_group(const int8_t* levels, int limit, int dim, int pulses, int shift
 }  // namespace compress
 
 // min over gain, coset and m of ||x - scale gain (s t[m] + e shift)||^2 for each group; see encode.cuh. Levels that are
-// not uniform must be at most 16. A scale of 0 gives the codebook's first group.
+// not uniform must be at most 16; sum t[m_i] is in [least, most]. A scale of 0 gives the codebook's first group.
 COMPRESS_API int64_t compress_encode(const float* x, const float* scale, const float* gains, const int8_t* levels,
                                      int64_t groups, int dim, int gain_count, int level_count, int shift, int pulses,
-                                     int8_t* values, int64_t* gain, int64_t* coset, int instructions, int threads) {
+                                     int least, int most, int8_t* values, int64_t* gain, int64_t* coset, int instructions, int threads) {
   using namespace compress;
-  const SearchTables tables(gains, gain_count, levels, level_count, dim, shift, pulses);
+  const SearchTables tables(gains, gain_count, levels, level_count, dim, shift, pulses, least, most);
   const EncodeGroups encode = encode_groups_of(instructions);
   const int64_t blocks = (groups + kBlock - 1) / kBlock;
   (void)threads;

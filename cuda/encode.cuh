@@ -13,6 +13,8 @@
 // gains by moving from one coordinate to another. From a guess whose sum is about right, single best steps repair the sum
 // and then move pulses while that helps, a few steps in all. They end: the order of floats a and -b is that of the real
 // numbers, so every move raises the same sum of terms. The best candidate is the joint optimum of gain, coset and shape.
+// Each lane begins with the gain that its L1 norm asks for and goes outwards from it; a candidate is passed over where
+// it cannot win, for sum (q - t)^2 >= (sum q - sum t)^2 / D and sum t is all but fixed.
 //
 // The definition, with the order of every float operation, is compress/ops/search.py; this file gives the same bits. So:
 // no fused multiply-add (compile with -ffp-contract=off, nvcc -fmad=false), and sums run over i = 0, 1, ... D-1.
@@ -34,6 +36,7 @@ struct Search {
   int dim, pulses, limit, gains;
   float shift;           // d; 0: no coset
   float slope, offset;   // of the guess: t[m] is about (m + offset) / slope
+  float least, most;     // sum t[m_i] lies between them
   const float* gain;     // [gains] S
   const float* inverse;  // [gains] 1 / S
   bool table;
@@ -57,6 +60,7 @@ struct OneLane {
   static COMPRESS_HD float lookup(const float* table, float index) {
     return table[static_cast<int32_t>(index) & (N - 1)];
   }
+  static COMPRESS_HD float gather(const float* table, float index) { return table[static_cast<int32_t>(index)]; }
   static COMPRESS_HD float all(float a) { return a; }
 };
 
@@ -181,38 +185,50 @@ COMPRESS_HD void encode_lanes(const Search& s, const Levels& levels, const typen
     a[i] = L::larger(ratio, L::all(-kLargestRatio));
     values[i] = none;
   }
-  F best = L::all(INFINITY);
-  gain = none;
-  coset = none;
-  const int signs = s.shift > 0.0f ? 2 : 1;
-  for (int j = 0; j < s.gains; ++j) {
-    for (int e = 0; e < signs; ++e) {
+  F length = none;
+  for (int i = 0; i < dim; ++i) length = length + L::larger(a[i], -a[i]);
+  const F middle = L::all(0.5f * (s.least + s.most)), last = L::all(static_cast<float>(s.gains - 1));
+  F start = none;
+  for (int j = 0; j < s.gains - 1; ++j) start = start + L::select(middle * s.gain[j] < length, L::all(1.0f), none);
+  F best = L::all(INFINITY), best_place = L::all(INFINITY);
+  const int sides = s.shift > 0.0f ? 2 : 1;
+  for (int step = 0; step < s.gains; ++step) {
+    F j = start + static_cast<float>(step % 2 == 0 ? step / 2 : -(step + 1) / 2);
+    j = j + L::select(j < none, last + 1.0f, none) - L::select(j > last, last + 1.0f, none);
+    const F size = L::gather(s.gain, j), inverse = L::gather(s.inverse, j);
+    for (int e = 0; e < sides; ++e) {
       const float shift = e == 0 ? s.shift : -s.shift;
+      F total = none;
       for (int i = 0; i < dim; ++i) {
-        const F v = a[i] * s.inverse[j] - shift;
-        q[i] = L::select(v < 0.0f, -v, v);
-        q[i] = L::smaller(q[i], L::all(kLargestStep));
+        const F v = a[i] * inverse - shift;
+        const F magnitude = L::select(v < 0.0f, -v, v);
+        total = total + magnitude;
+        q[i] = L::smaller(magnitude, L::all(kLargestStep));
       }
+      const F gap = L::larger(L::larger(total - s.most, s.least - total) - total * 1e-5f, none);
+      if (!L::any(gap * gap * (size * size) * (0.9999f / static_cast<float>(dim)) <= best)) continue;
       const F missing = guess_pulses<L, D>(s, q, m);
       repair_sum<L, D>(s, levels, q, missing, m, up);
       if (Levels::kMoves) move_pulses<L, D>(s, levels, q, m, up, down);
       F error = none;
       for (int i = 0; i < dim; ++i) {
-        const F v = a[i] * s.inverse[j] - shift;
+        const F v = a[i] * inverse - shift;
         m[i] = levels.level(m[i]);
         const F residual = L::select(v < 0.0f, -v, v) - m[i];
         error = error + residual * residual;
         m[i] = L::select(v < 0.0f, -m[i], m[i]) + shift;
       }
-      error = error * (s.gain[j] * s.gain[j]);
-      const M better = error < best;
+      error = error * (size * size);
+      const F place = j + j + static_cast<float>(e);
+      const M better = (error < best) | ((error == best) & (place < best_place));
       if (!L::any(better)) continue;
       best = L::select(better, error, best);
-      gain = L::select(better, L::all(static_cast<float>(j)), gain);
-      coset = L::select(better, L::all(static_cast<float>(e)), coset);
+      best_place = L::select(better, place, best_place);
       for (int i = 0; i < dim; ++i) values[i] = L::select(better, m[i], values[i]);
     }
   }
+  gain = L::truncate(best_place * 0.5f);
+  coset = best_place - gain - gain;
 }
 
 }  // namespace compress

@@ -1,9 +1,9 @@
-// What the driver of products with prepared half-integer pyramids (half_prepared.cpp) and its loops
+// What the drivers of prepared half-integer pyramids (half_prepared_rows.cpp, half_prepared.cpp) and their loops
 // (half_prepared_blocks.cpp) share. The loops are compiled once for each instruction set, so nothing here may be code
-// with a name for the linker, who would keep one copy of it for all.
+// that the linker sees: it would keep one copy for all.
 //
-// Prepared rows hold the levels' indices themselves, where the payload has ranks: about a bit more for each weight, and
-// no table or division between memory and a product. 256 weights of a row, 32 octets, are one chunk. With g = 0..7 the
+// Prepared rows hold the indices of the levels, where the payload has ranks: one to two bits a weight more, and no
+// table or division between memory and a product. 256 weights of a row, 32 octets, are one chunk. With g = 0..7 the
 // octets of one of its four units, and j = 0..3:
 //
 //   indices   128 bytes; byte 32 unit + 4 g + j: index of weight j of the octet | that of weight j + 4 << 4
@@ -11,9 +11,9 @@
 //   uppers     32 bytes; the same with the fifth bits of m
 //   digits    4 or 8 bits of each octet: gain, and in the highest bit the coset
 //
-// Up to eight levels have their sign in the highest bit of the index, and no signs; up to sixteen no uppers. Digits have
-// four bits where there are at most eight gains. A row is filled up to whole chunks with octets of zero bits; they meet
-// activations of zero.
+// Up to eight levels have the sign in the highest bit of the index, and no signs; up to sixteen have no uppers. Digits
+// have four bits where there are at most eight gains. A row is filled up to whole chunks with zero bits, which meet
+// activations of zero. compress/ops/half_pyramid/prepared.py is the definition.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +29,7 @@ struct PreparedCode {
 
 constexpr int kChunkOctets = 32;
 constexpr int kUnitOctets = 8;
-constexpr int kIndexBytes = 128, kPlaneBytes = 32;
+constexpr int kIndexBytes = 128, kPlaneBytes = 32;  // of a chunk's indices, and of its signs or uppers
 
 // Where the parts of a chunk lie that follow its indices.
 struct ChunkLayout {

@@ -1,5 +1,5 @@
-// The loops in AVX2: included by half_prepared_blocks.cpp. A unit of eight octets comes as two registers of indices, the
-// low and the high halves of the octets, four bytes each; so a dot product of bytes leaves one integer for each octet.
+// The loops in AVX2: included by half_prepared_blocks.cpp. A unit of eight octets comes as two registers of indices,
+// the low and the high halves of the octets, four bytes each; so a dot product of bytes leaves one integer for each octet.
 //
 // Floats need no conversion of integers: a level below 128 is a bfloat16, whose two bytes two shuffles look up. Bytes
 // are interleaved to words, and a word in the upper half of a lane is the float. That orders octets as 0 0 1 1 4 4 5 5
@@ -52,8 +52,8 @@ struct ByteTable {
   }
 };
 
-// Half a unit: indices, and bytes whose highest bits are the signs and the indices' fifth bits. kPlanes is 0, 1 or 2: of
-// signs, and of uppers.
+// Half a unit: indices, and bytes whose highest bits are the signs and the indices' fifth bits. kPlanes is 0, 1 or 2:
+// of signs, and of uppers.
 template <int kPlanes>
 struct Half {
   __m256i indices, signs, uppers;

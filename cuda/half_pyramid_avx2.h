@@ -189,9 +189,5 @@ void scale_of(const HalfCode& code, HalfTile& tile, int count, float row_scale, 
   });
 }
 
-void scale(const HalfCode& code, HalfTile& tile, int count, float row_scale, float* out) {
-  (code.limit > kMostNibble ? scale_of<true> : scale_of<false>)(code, tile, count, row_scale, out);
-}
-
 }  // namespace
 }  // namespace compress

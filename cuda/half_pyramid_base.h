@@ -24,20 +24,23 @@ void look_up(const HalfCode& code, HalfTile& tile, int count) {
 }
 
 // The eight numbers s_j t[m_j] of octet i.
-inline void signed_levels(const HalfCode& code, const HalfTile& tile, int i, int8_t* out) {
-  const int signs = tile.signs[i], tops = code.limit > kMostNibble ? tile.tops[i] : 0;
+template <bool kDeep>
+inline void signed_levels(const uint8_t* levels, const HalfTile& tile, int i, int8_t* out) {
+  const uint32_t octet = tile.octets[i];
+  const int signs = tile.signs[i], tops = kDeep ? tile.tops[i] : 0;
   for (int j = 0; j < 8; ++j) {
-    const int nibble = tile.octets[i] >> (j < 4 ? 8 * j : 8 * j - 28) & 15;
-    const int level = code.levels[nibble | (tops >> j & 1) << 4];
+    const int nibble = octet >> (j < 4 ? 8 * j : 8 * j - 28) & 15;
+    const int level = levels[kDeep ? nibble | (tops >> j & 1) << 4 : nibble];
     out[j] = static_cast<int8_t>(signs >> j & 1 ? -level : level);
   }
 }
 
-void scale(const HalfCode& code, HalfTile& tile, int count, float row_scale, float* out) {
+template <bool kDeep>
+void scale_of(const HalfCode& code, HalfTile& tile, int count, float row_scale, float* out) {
   look_up(code, tile, count);
   for (int i = 0; i < count; ++i) {
     int8_t v[8];
-    signed_levels(code, tile, i, v);
+    signed_levels<kDeep>(code.levels, tile, i, v);
     const float c = row_scale * tile.gains[i];
     for (int j = 0; j < 8; ++j) out[8 * i + j] = c * (static_cast<float>(v[j]) + tile.shifts[i]);
   }

@@ -68,6 +68,10 @@ void read(const uint8_t* const* planes, int bits, int64_t first, int count, uint
   }
 }
 
+void scale(const HalfCode& code, HalfTile& tile, int count, float row_scale, float* out) {
+  (code.limit > kMostNibble ? scale_of<true> : scale_of<false>)(code, tile, count, row_scale, out);
+}
+
 constexpr HalfLoops kLoops = {read, largest, scale};
 
 }  // namespace

@@ -1,6 +1,6 @@
-// Matrices of half-integer pyramids: packing and decoding. A row is worked on in tiles
-// of some thousand weights: rests are read, looked up or unranked to octets, and the octets scaled. Rows
-// are spread over threads; a row's result does not depend on their number.
+// Matrices of half-integer pyramids: packing and decoding. A row is worked on in tiles of some thousand weights: rests
+// are read, looked up or unranked to octets, and the octets scaled. Rows are spread over threads; a row's result does
+// not depend on their number.
 #include "half_pyramid_rows.h"
 
 #include <cstdint>
@@ -57,8 +57,7 @@ class HalfMatrix {
   int64_t groups() const { return (columns + code.dim - 1) / code.dim; }
   int64_t octets() const { return groups() * (code.dim / 8); }
 
-  // `count` octets of a row from `start` on, filled up to a whole lane with zeros.
-  // Returns whether all rests are known.
+  // `count` octets of a row from `start` on, filled up to a whole lane with zeros. Returns whether all rests are known.
   bool load(int64_t row, int64_t start, int count, HalfTile& tile) const {
     const int per_group = code.dim / 8;
     const int64_t first = row * groups() + start / per_group;

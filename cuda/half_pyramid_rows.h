@@ -21,20 +21,18 @@ struct HalfCode {
 
 constexpr int kMostNibble = 15;  // a pyramid whose limit is above it is deep: the fifth bits of its m lie in tops
 
-constexpr int kTileOctets = 512;
+constexpr int kTileOctets = 512;  // a multiple of kLane
 constexpr int kLane = 8;  // tiles are filled up to a multiple of it with octets of gain 0
-
-constexpr int kTileRoom = kTileOctets + 48;  // so that no two arrays are apart by a page, where stores hold loads up
 
 // Some thousand weights of one row, eight of them an octet.
 struct HalfTile {
-  alignas(64) uint32_t rests[kTileRoom];
-  alignas(64) uint32_t octets[kTileRoom];
-  alignas(64) float gains[kTileRoom];
-  alignas(64) float shifts[kTileRoom];  // +d or -d
+  alignas(64) uint32_t rests[kTileOctets];
+  alignas(64) uint32_t octets[kTileOctets];
+  alignas(64) float gains[kTileOctets];
+  alignas(64) float shifts[kTileOctets];  // +d or -d
   const uint8_t* signs;  // in the plane, or a copy of them, filled up
-  alignas(64) uint8_t last_signs[kTileRoom];
-  alignas(64) uint8_t tops[kTileRoom];  // of a deep pyramid
+  alignas(64) uint8_t last_signs[kTileOctets];
+  alignas(64) uint8_t tops[kTileOctets];  // of a deep pyramid
 };
 
 // All take whole lanes. Where the code has a table of octets, a tile comes with rests alone, and the loops look its

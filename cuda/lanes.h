@@ -64,6 +64,13 @@ struct Lanes {
   static COMPRESS_HD F truncate(F a) { return __builtin_convertvector(__builtin_convertvector(a, I), F); }
   static COMPRESS_HD F all(float a) { return a - F{}; }
 
+  static COMPRESS_HD F gather(const float* table, F index) {
+    const I place = __builtin_convertvector(index, I);
+    F found;
+    for (int i = 0; i < kLanes; ++i) found[i] = table[place[i]];
+    return found;
+  }
+
   template <int N>
   static COMPRESS_HD F lookup(const float* table, F index) {
     const I place = __builtin_convertvector(index, I);

@@ -12,7 +12,7 @@ product, and the two agree bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol, Self
 
@@ -146,6 +146,10 @@ def exact_containers(dim: int, largest: int) -> tuple[str, ...]:
     return (*names, *(tensors[number] for number in bits if dim in (32, 64, 128)))
 
 
+Product = Callable[[Tensor], Tensor]
+"""x [R, n] -> x W^T [R, o] in x's dtype, from the packed weight or one that is decoded for this product alone."""
+
+
 class CodecConfig(Protocol):
     """The options of a codec: a frozen dataclass with the codec's name on the class."""
 
@@ -198,9 +202,9 @@ class Codec(Protocol):
         """See `QuantizedMatrix.dequantize`; `product` is one way."""
         ...
 
-    def linear(self, matrix: QuantizedMatrix, x: Tensor) -> Tensor | None:
-        """x W^T [R, o] in x's dtype for x [R, n], from the packed weight or one that is decoded for this product alone;
-        None where decoding takes so long that the caller should keep what it gives."""
+    def prepare(self, matrix: QuantizedMatrix) -> Product | None:
+        """The product with this matrix, for a caller that keeps it and multiplies often; None where decoding takes so
+        long, and a product so little less than that, that the caller should decode once and keep the weight."""
         ...
 
     def containers(self, spec: CodecSpec) -> tuple[str, ...]:

@@ -5,6 +5,7 @@
 
 from compress.ops import reference
 from compress.ops.divergences import divergence_rows, native_divergences
+from compress.ops.hadamard import hadamard
 from compress.ops.half_pyramid.library import (
     fused_devices,
     half_pyramid_decode,
@@ -28,6 +29,7 @@ __all__ = [
     "codebook_size",
     "divergence_rows",
     "fused_devices",
+    "hadamard",
     "half_pyramid_decode",
     "half_pyramid_encode",
     "half_pyramid_linear",

@@ -19,16 +19,17 @@ from torch import Tensor
 from compress.errors import CodecError, CompressError
 from compress.ops.bits import packed_bytes
 from compress.ops.fischer import outside
+from compress.ops.search import level_sums
 from compress.ops.tables import codebook_size, index_words, word_table
 from compress.ops.words import word_count, words_shape
 
-INTERFACE = 3
+INTERFACE = 4
 """Version of the C interface; `compress_interface()` of the library must return it."""
 
 POINTER, INT64, INT, DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
 SIGNATURES: dict[str, list[type]] = {
     "compress_encode": [
-        *(POINTER, POINTER, POINTER, POINTER, INT64, INT, INT, INT, INT, INT, POINTER, POINTER, POINTER, INT, INT)
+        *(POINTER, POINTER, POINTER, POINTER, INT64, *(INT for _ in range(7)), POINTER, POINTER, POINTER, INT, INT)
     ],
     "compress_pyramid_rank": [POINTER, POINTER, INT, INT64, INT, INT, INT, POINTER, INT],
     "compress_pyramid_unrank": [POINTER, POINTER, INT, INT64, INT, INT, INT, POINTER, INT],
@@ -109,7 +110,7 @@ class NativeLibrary:
         table = torch.tensor(levels, dtype=torch.int8)
         values = torch.empty((groups, dim), dtype=torch.int8)
         gain, coset = torch.empty(groups, dtype=torch.int64), torch.empty(groups, dtype=torch.int64)
-        sizes = (groups, dim, gains.numel(), table.numel(), shift, pulses)
+        sizes = (groups, dim, gains.numel(), table.numel(), shift, pulses, *level_sums(dim, levels, pulses))
         level = INSTRUCTIONS.index(self._chosen(instructions))
         self._call("compress_encode", x, scale, gains, table, *sizes, values, gain, coset, level)
         return values, gain, coset

@@ -160,6 +160,17 @@ def _encode_chunk(
     return values.to(torch.int8), gain, coset
 
 
+def level_sums(dim: int, levels: Sequence[int], pulses: int) -> tuple[int, int]:
+    """Bounds of sum t[m_i] over all m of sum K: as t is concave, it is least where few coordinates carry all that they
+    can and largest where all carry the same. Compiled encoders pass over gains that it shows to be hopeless."""
+    word = [0] * dim
+    for i in range(dim):
+        word[i] = min(pulses - sum(word), len(levels) - 1)
+    some, more = divmod(pulses, dim)
+    most = (dim - more) * levels[some] + (more * levels[some + 1] if more else 0)
+    return sum(levels[m] for m in word), most
+
+
 def first_group(dim: int, levels: Sequence[int], shift: int, pulses: int) -> list[int]:
     """The group of rank 0, gain 0 and coset 0: the last coordinates carry as much as they may."""
     word = [0] * dim

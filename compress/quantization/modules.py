@@ -2,9 +2,9 @@
 
 A `PackedLinear` stands where an `nn.Linear` stood and computes the same map with the decoded weight,
 y = x W^T + b. Its state is what is stored: the payload, one flat `int8` tensor called `weight` like the original one,
-and the bias. Where the codec has kernels, a few rows of activations are multiplied with the packed weight itself, and
-for many it is decoded anew: memory stays that of the payload. Else it is decoded at its first use and kept, outside the
-state: decoding then costs as much as many products, and a model that is run at all needs it again.
+and the bias. Where the codec has a product with packed weights, it is prepared at its first use and kept, outside the
+state: memory stays some times that of the payload. Else the weight itself is decoded at its first use and kept: that
+costs as much as many products, and a model that is run at all needs it again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from compress.codecs.base import CodecSpec, QuantizedMatrix
+from compress.codecs.base import CodecSpec, Product, QuantizedMatrix
 from compress.codecs.registry import codec_of
 
 
@@ -36,7 +36,7 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = out_features, in_features
         self.register_buffer("weight", payload)
         self.register_parameter("bias", None)
-        self._matrix: QuantizedMatrix | None = None
+        self._product: Product | None = None
         self._decoded: Tensor | None = None
 
     @classmethod
@@ -60,12 +60,11 @@ class PackedLinear(nn.Module):
         """The matrix as codes, for exporters. Raises `ArtifactError` when the payload has the wrong length."""
         return QuantizedMatrix.from_payload(self.spec, (self.out_features, self.in_features), self.weight)
 
-    def product(self, x: Tensor) -> Tensor | None:
-        """x W^T, or None where the weight should be decoded and kept; see `Codec.linear`."""
-        if self._matrix is None:
-            self._matrix = self.quantized()
-        y = codec_of(self.spec).linear(self._matrix, x.reshape(-1, self.in_features))
-        return None if y is None else y.view(*x.shape[:-1], self.out_features)
+    def product(self) -> Product | None:
+        """x [R, in] -> x W^T, or None where the weight should be decoded and kept; see `Codec.prepare`."""
+        if self._product is None and self._decoded is None:
+            self._product = codec_of(self.spec).prepare(self.quantized())
+        return self._product
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """W [out, in] in `dtype`, on the payload's device."""
@@ -75,9 +74,10 @@ class PackedLinear(nn.Module):
         return self._decoded
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.product(x)
-        if y is None:
+        multiply = self.product()
+        if multiply is None:
             return functional.linear(x, self.decoded(x.dtype), self.bias)
+        y = multiply(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
     def to_linear(self, dtype: torch.dtype) -> nn.Linear:
@@ -92,12 +92,12 @@ class PackedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, codec={self.spec.codec}, width={self.spec.width}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._matrix = self._decoded = None  # the payload moves; what was read on the old device is void
+        self._product = self._decoded = None  # the payload moves; what was read on the old device is void
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
-        self._matrix = self._decoded = None  # the payload changes
+        self._product = self._decoded = None  # the payload changes
         super()._load_from_state_dict(*args, **kwargs)
 
 

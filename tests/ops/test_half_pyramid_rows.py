@@ -15,7 +15,14 @@ from torch import Tensor
 
 from compress.errors import CodecError, CompressError
 from compress.ops.bits import pack_bits
-from compress.ops.half_pyramid import reference
+from compress.ops.half_pyramid import prepared, reference
+from compress.ops.half_pyramid.library import (
+    Activations,
+    Processor,
+    half_pyramid_linear,
+    half_pyramid_prepare,
+    half_pyramid_prepared_linear,
+)
 from compress.ops.half_pyramid.native import HalfPyramidLibrary
 from compress.ops.half_pyramid.shape import HalfShape, composition_counts, plane_widths, uniform_levels
 from compress.ops.native import INSTRUCTIONS, find_library
@@ -170,19 +177,32 @@ def rounded(x: Tensor) -> Tensor:
 
 
 @every_shape
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 172), (0, 40), (5, 512), (2, 4096 + 8), (1, 0)])
+def test_prepare(library: HalfPyramidLibrary, instructions: str, name: str, rows: int, columns: int) -> None:
+    """Byte for byte those of the definition, which decode to the payload's weight."""
+    planes, scales, shape, width = matrix(name, rows, columns)
+    want = prepared.prepare(planes, rows, columns, shape, width)
+    weight = decoded(planes, scales, columns, shape, width)
+    assert torch.equal(prepared.decode(want, scales, columns, shape), weight)
+    planes = [misplaced(plane) for plane in planes]
+    assert torch.equal(library.prepare(planes, rows, columns, shape, width, instructions=instructions), want)
+
+
+@every_shape
 @pytest.mark.parametrize("activations", ["float", "int8"])
 @pytest.mark.parametrize(("rows", "columns"), [(7, 172), (2, 4096 + 8)])
-def test_linear(
+def test_prepared_linear(
     library: HalfPyramidLibrary, instructions: str, name: str, activations: str, rows: int, columns: int
 ) -> None:
     """To 1e-5 of |x| |w|, also where an output cancels."""
     planes, scales, shape, width = matrix(name, rows, columns)
     weight = decoded(planes, scales, columns, shape, width).double()
+    made = misplaced(library.prepare(planes, rows, columns, shape, width).flatten()).view(rows, -1)
     for batch in (1, 2, 3, 5, 8, 11):
         x = torch.randn(batch, columns, generator=torch.Generator().manual_seed(batch))
         x[-1] *= 1e-20
         used = rounded(x) if activations == "int8" else x.double()
-        y = library.linear(x, planes, scales, shape, width, activations, instructions=instructions)
+        y = library.prepared_linear(x, made, scales, shape, activations, instructions=instructions)
         scale = used.norm(dim=1, keepdim=True) * weight.norm(dim=1)
         assert ((y - used @ weight.T).abs() <= 1e-5 * scale).all()
 
@@ -193,19 +213,45 @@ def test_linear_of_narrow_types(library: HalfPyramidLibrary, dtype: torch.dtype,
     planes, scales, shape, width = matrix("8, 3.25 bits", 6, 256)
     x = torch.randn(2, 256).to(dtype)
     y = library.linear(x, planes, scales, shape, width, activations)
+    made = library.prepare(planes, 6, 256, shape, width)
     assert y.dtype == dtype
-    assert torch.equal(y, library.linear(x.float(), planes, scales, shape, width, activations).to(dtype))
+    assert torch.equal(y, library.prepared_linear(x.float(), made, scales, shape, activations).to(dtype))
 
 
 def test_linear_of_nothing_and_of_no_numbers(library: HalfPyramidLibrary, instructions: str) -> None:
     planes, scales, shape, width = matrix("8, 3.25 bits", 6, 172)
+    made = library.prepare(planes, 6, 172, shape, width)
     for activations in ("float", "int8"):
         x = torch.zeros(3, 172)
         x[1, 5], x[2, 5] = math.nan, math.inf
-        y = library.linear(x, planes, scales, shape, width, activations, instructions=instructions)
+        y = library.prepared_linear(x, made, scales, shape, activations, instructions=instructions)
         assert not y[0].any() and y[1].isnan().all() and not y[2].isfinite().any()
-        none = library.linear(x[:0], planes, scales, shape, width, activations, instructions=instructions)
+        none = library.prepared_linear(x[:0], made, scales, shape, activations, instructions=instructions)
         assert none.shape == (0, 6)
+
+
+@pytest.mark.parametrize("activations", ["float", "int8"])
+def test_operations_on_prepared_rows(activations: Activations) -> None:
+    """As torch sees them: with fake kernels that agree, on meta tensors, and like the product that prepares itself."""
+    planes, scales, shape, width = matrix("16, coset", 5, 172)
+    numbers = (shape.dim, shape.pulses, list(shape.levels), list(shape.gains), shape.shift)
+    x = torch.randn(3, 172)
+    made = half_pyramid_prepare(planes, 5, 172, shape, width)
+    calls = torch.ops.compress
+    torch.library.opcheck(calls.half_pyramid_prepare.default, (planes, 5, 172, *numbers, width))
+    torch.library.opcheck(calls.half_pyramid_prepared_linear.default, (x, made, scales, *numbers, activations))
+    meta = half_pyramid_prepare([plane.to("meta") for plane in planes], 5, 172, shape, width)
+    assert meta.shape == made.shape and meta.dtype == made.dtype
+    y = half_pyramid_prepared_linear(x, made, scales, shape, activations)
+    assert torch.equal(y, half_pyramid_linear(x, planes, scales, shape, width, activations))
+    want = Processor().prepared_linear(x, made, scales, shape, activations)
+    torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)
+    with pytest.raises(CodecError, match="damaged"):
+        half_pyramid_prepare([planes[0][1:], *planes[1:]], 5, 172, shape, width)
+    with pytest.raises(CodecError, match="-1 x 172"):
+        half_pyramid_prepare(planes, -1, 172, shape, width)
+    with pytest.raises(CodecError, match="Prepared rows are"):
+        half_pyramid_prepared_linear(x, made[:, 1:], scales, shape, activations)
 
 
 @pytest.mark.parametrize("name", ["8, 3.25 bits", "16, coset", "32, coset"])
@@ -220,7 +266,8 @@ def test_threads_change_nothing(library: HalfPyramidLibrary, name: str) -> None:
             values, gain = library.unpack(planes, 9 * -(-172 // shape.dim), shape, width)
             weight = library.decode(planes, scales, 172, shape, width)
             products = [library.linear(x, planes, scales, shape, width, kind) for kind in ("float", "int8")]
-            found.append([values, gain, weight, *products])
+            made = library.prepare(planes, 9, 172, shape, width)
+            found.append([values, gain, weight, made, *products])
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
@@ -230,7 +277,7 @@ def test_threads_change_nothing(library: HalfPyramidLibrary, name: str) -> None:
     "name", [name for name, (shape, width) in SHAPES.items() if shape.codes < 1 << width - shape.dim]
 )
 def test_a_rest_outside_its_codebook(library: HalfPyramidLibrary, instructions: str, name: str) -> None:
-    """Refused, or by `linear` taken as the last one; the largest number that the planes can hold included."""
+    """Refused; the largest number that the planes can hold included."""
     shape, width = SHAPES[name]
     columns, scales = 3 * shape.dim, torch.ones(2)
     good = random_rests(6, shape)
@@ -240,17 +287,26 @@ def test_a_rest_outside_its_codebook(library: HalfPyramidLibrary, instructions: 
             library.unpack(planes, 6, shape, width)
         with pytest.raises(CodecError, match="outside its codebook"):
             library.decode(planes, scales, columns, shape, width, instructions=instructions)
-        x = torch.randn(1, columns)
-        taken = planes_of([*good[:4], shape.codes - 1, good[5]], shape, width)
-        got, want = (
-            library.linear(x, each, scales, shape, width, instructions=instructions) for each in (planes, taken)
-        )
-        assert torch.equal(got, want)
+        with pytest.raises(CodecError, match="outside its codebook"):
+            library.prepare(planes, 2, columns, shape, width, instructions=instructions)
+        with pytest.raises(CodecError, match="outside its codebook"):
+            prepared.prepare(planes, 2, columns, shape, width)
+
+
+@every_shape
+def test_damaged_rows(library: HalfPyramidLibrary, instructions: str, name: str) -> None:
+    """Any bytes are multiplied: what they mean does not matter, but nothing else is read."""
+    shape, _ = SHAPES[name]
+    for byte in (255, 127, 90):
+        made = torch.full((3, prepared.row_bytes(shape, 300)), byte, dtype=torch.uint8)
+        for activations in ("float", "int8"):
+            x = torch.randn(2, 300)
+            assert library.prepared_linear(x, made, torch.ones(3), shape, activations, instructions=instructions).shape
 
 
 def test_refusals(library: HalfPyramidLibrary) -> None:
     planes, scales, shape, width = matrix("8, 3.25 bits", 4, 64)
-    x = torch.randn(1, 64)
+    x, made = torch.randn(1, 64), library.prepare(planes, 4, 64, shape, width)
     with pytest.raises(CodecError, match="3 planes"):
         library.decode(planes[:2], scales, 64, shape, width)
     for place in range(3):
@@ -258,7 +314,7 @@ def test_refusals(library: HalfPyramidLibrary) -> None:
         with pytest.raises(CodecError, match="damaged"):
             library.decode(short, scales, 64, shape, width)
         with pytest.raises(CodecError, match="damaged"):
-            library.linear(x, short, scales, shape, width)
+            library.prepare(short, 4, 64, shape, width)
         with pytest.raises(CodecError, match="damaged"):
             library.unpack(short, 32, shape, width)
     with pytest.raises(CodecError, match="17 bits"):
@@ -266,11 +322,20 @@ def test_refusals(library: HalfPyramidLibrary) -> None:
     with pytest.raises(CodecError, match="Row scales"):
         library.decode(planes, scales.double(), 64, shape, width)
     with pytest.raises(CodecError, match="float64"):
-        library.linear(x.double(), planes, scales, shape, width)
+        library.prepared_linear(x.double(), made, scales, shape)
     with pytest.raises(CodecError, match="int4"):
-        library.linear(x, planes, scales, shape, width, "int4")
+        library.prepared_linear(x, made, scales, shape, "int4")
     with pytest.raises(CompressError, match="avx10"):
-        library.linear(x, planes, scales, shape, width, instructions="avx10")
+        library.prepared_linear(x, made, scales, shape, instructions="avx10")
+    for wrong in (made[:, 1:], made[1:], made.to(torch.int8), made.flatten()):
+        with pytest.raises(CodecError, match="Prepared rows are"):
+            library.prepared_linear(x, wrong, scales, shape)
+    with pytest.raises(CodecError, match="Prepared rows are"):
+        library.prepared_linear(torch.randn(1, 257), made, scales, shape)
+    with pytest.raises(CodecError, match="-1 x 64"):
+        library.prepare(planes, -1, 64, shape, width)
+    with pytest.raises(CodecError, match="129 gains"):
+        library.prepare(planes[:2], 0, 64, HalfShape(8, 0, (3,), gains(129)), 16)
 
 
 def test_values_that_are_no_group(library: HalfPyramidLibrary) -> None:

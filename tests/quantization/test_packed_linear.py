@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from compress.codecs import QuantizedMatrix, codec
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, CodecError
 from compress.quantization.modules import PackedLinear, packed_modules, prepare_packed, unpack
 
 PYRAMID = codec("pyramid")
@@ -34,6 +35,45 @@ def test_forward(bias: bool, dtype: torch.dtype) -> None:
     expected = functional.linear(x, weight, module.bias)
     assert torch.equal(module(x), expected)
     assert torch.equal(module(x), expected)  # from the kept weight
+
+
+@pytest.mark.parametrize("rows", [1, 3, 32, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_forward_with_packed_weights(rows: int, dtype: torch.dtype) -> None:
+    """The same map where the codec multiplies with packed weights: prepared once, and again for another payload."""
+    rounder = codec("half_pyramid")
+    matrices = [rounder.quantize(torch.randn(24, 44), rounder.spec(26)) for _ in range(2)]
+    module = PackedLinear.from_matrix(nn.Linear(44, 24), matrices[0]).to(dtype)
+    x = torch.randn(rows, 1, 44, dtype=dtype)
+    for matrix in matrices:
+        module.load_state_dict({"weight": matrix.payload(), "bias": module.bias})
+        expected = functional.linear(x, matrix.dequantize().to(dtype), module.bias)
+        tolerance = 1e-5 if dtype != torch.bfloat16 else 3e-2
+        with torch.no_grad():
+            for each in (module, module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+                torch.testing.assert_close(each(x), expected, rtol=tolerance, atol=tolerance * 4)
+    assert set(module.state_dict()) == {"weight", "bias"}
+
+
+def test_gradient_with_packed_weights() -> None:
+    rounder = codec("half_pyramid")
+    matrix = rounder.quantize(torch.randn(24, 40), rounder.spec(26))
+    module = PackedLinear.from_matrix(nn.Linear(40, 24), matrix)
+    x = torch.randn(2, 40, requires_grad=True)
+    module(x).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, matrix.dequantize().sum(0).expand(2, 40))
+
+
+def test_damaged_codes_are_refused() -> None:
+    rounder = codec("half_pyramid")
+    matrix = rounder.quantize(torch.randn(8, 64), rounder.spec(26))
+    for name in matrix.tensors:
+        if name.startswith("plane"):
+            matrix.tensors[name].fill_(255)
+    module = PackedLinear.from_matrix(nn.Linear(64, 8), matrix)
+    with pytest.raises(CodecError, match="outside its codebook"):
+        module(torch.randn(1, 64))
 
 
 def test_state_is_payload_and_bias() -> None:

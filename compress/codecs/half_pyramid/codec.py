@@ -19,21 +19,18 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from compress import ops
-from compress.codecs.base import CodecSpec, FieldLayout, Option, QuantizedMatrix, exact_containers
+from compress.codecs.base import CodecSpec, FieldLayout, Option, Product, QuantizedMatrix, exact_containers
+from compress.codecs.half_pyramid.product import PackedProduct
 from compress.codecs.half_pyramid.table import VERSION, Entry, Key, shipped_tables
 from compress.codecs.registry import register_codec
 from compress.codecs.row_search import Groups, encode_matrix
 from compress.codecs.rows import row_scales
 from compress.errors import ArtifactError, UsageError
 from compress.ops.bits import packed_bytes
+from compress.ops.half_pyramid.library import FLOATS
 from compress.ops.half_pyramid.shape import plane_widths
-
-FUSED_ROWS = 8
-"""Rows of activations that a processor multiplies with packed weights; more are worth decoding them for."""
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -142,17 +139,11 @@ class HalfPyramidCodec:
         planes, columns, width = planes_of(matrix), matrix.shape[1], matrix.spec.width
         return ops.half_pyramid_decode(planes, scales, columns, shape, width, known).to(dtype)
 
-    def linear(self, matrix: QuantizedMatrix, x: Tensor) -> Tensor | None:
-        if x.dtype not in FLOATS or x.device.type not in ops.fused_devices():
-            return None
-        with_gradient = torch.is_grad_enabled() and x.requires_grad
-        if with_gradient or (x.shape[0] > FUSED_ROWS and x.device.type == "cpu"):
-            with torch.no_grad():
-                weight = self.decode(matrix, x.dtype)
-            return functional.linear(x, weight)
-        shape = entry_of(matrix.spec).shape
+    def prepare(self, matrix: QuantizedMatrix) -> Product | None:
         scales = row_scales(matrix.tensors["scale"], matrix.tensors["rows"])
-        return ops.half_pyramid_linear(x, planes_of(matrix), scales, shape, matrix.spec.width)
+        if scales.device.type not in ops.fused_devices():
+            return None
+        return PackedProduct(matrix, planes_of(matrix), scales, entry_of(matrix.spec).shape)
 
     def containers(self, spec: CodecSpec) -> tuple[str, ...]:
         shape = entry_of(spec).shape

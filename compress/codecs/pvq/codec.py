@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from compress import ops
-from compress.codecs.base import CodecSpec, FieldLayout, Option, QuantizedMatrix, exact_containers, product
+from compress.codecs.base import CodecSpec, FieldLayout, Option, Product, QuantizedMatrix, exact_containers, product
 from compress.codecs.finite import refuse_not_finite
 from compress.codecs.pvq.config import PvqConfig, limit_of, widths_of
 from compress.codecs.pvq.direction import best_direction, products, round_and_fix
@@ -125,7 +125,7 @@ class PvqCodec:
     def decode(self, matrix: QuantizedMatrix, dtype: torch.dtype) -> Tensor:
         return product(matrix, dtype)
 
-    def linear(self, matrix: QuantizedMatrix, x: Tensor) -> Tensor | None:
+    def prepare(self, matrix: QuantizedMatrix) -> Product | None:
         return None
 
     def containers(self, spec: CodecSpec) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from compress import ops
-from compress.codecs.base import CodecSpec, FieldLayout, QuantizedMatrix, exact_containers, product
+from compress.codecs.base import CodecSpec, FieldLayout, Product, QuantizedMatrix, exact_containers, product
 from compress.codecs.pyramid.table import VERSION, Shape, shipped_tables, worthwhile
 from compress.codecs.registry import register_codec
 from compress.codecs.row_search import Groups, encode_matrix
@@ -114,7 +114,7 @@ class PyramidCodec:
     def decode(self, matrix: QuantizedMatrix, dtype: torch.dtype) -> Tensor:
         return product(matrix, dtype)
 
-    def linear(self, matrix: QuantizedMatrix, x: Tensor) -> Tensor | None:
+    def prepare(self, matrix: QuantizedMatrix) -> Product | None:
         return None
 
     def containers(self, spec: CodecSpec) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ Products of up to 8 rows read the packed weights and nothing else. Rows of 16-bi
 gain times v is rounded to float16 and sums are float32; int8 activations are multiplied exactly. More rows are served
 eight at a time up to 16, and above that by a tiled product that decodes weights on the fly. float32 activations take
 blocks of rows of W decoded in float32: exact, and meant for comparison rather than speed. Packing and unpacking happen
-once in a model's life, and on the CPU.
+once in a model's life, and on the CPU; so does the decoding of shapes with more than 16 levels (above 4.5 bits).
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from torch import Tensor
 from compress.ops.cuda.compile import Argument, CupyLauncher, Kernel, Launcher, Macros
 from compress.ops.cuda.hadamard import TYPES
 from compress.ops.cuda.tables import DeviceTables, Layout, device_tables, layout_of
-from compress.ops.half_pyramid.shape import HalfShape, plane_widths
-from compress.ops.search import first_group
+from compress.ops.half_pyramid.reference import product
+from compress.ops.half_pyramid.shape import MOST_LEVELS, HalfShape, plane_widths
+from compress.ops.search import first_group, level_sums
 
 MOST_PLANES = 8
 FUSED_ROWS = 8
@@ -70,7 +71,7 @@ class CudaKernels:
                 scale.contiguous(),
                 search.tables.to(x.device),
                 first.to(x.device),
-                *(np.float32(v) for v in (search.slope, search.offset, search.step, search.start)),
+                *(np.float32(v) for v in (search.slope, search.offset, search.least, search.most, search.step, search.start)),
                 np.int64(groups),
                 values,
                 gain,
@@ -92,6 +93,8 @@ class CudaKernels:
     def decode(
         self, planes: list[Tensor], scales: Tensor, columns: int, shape: HalfShape, width: int, dtype: torch.dtype
     ) -> Tensor:
+        if shape.limit >= MOST_LEVELS:
+            return _decoded_on_the_cpu(planes, scales, columns, shape, width, dtype)
         packed = _Packed(planes, scales, columns, shape, width, self.launcher)
         weight = torch.empty((packed.rows, columns), dtype=dtype, device=scales.device)
         if weight.numel():
@@ -101,6 +104,9 @@ class CudaKernels:
     def linear(
         self, x: Tensor, planes: list[Tensor], scales: Tensor, shape: HalfShape, width: int, activations: str
     ) -> Tensor:
+        if shape.limit >= MOST_LEVELS:
+            weight = _decoded_on_the_cpu(planes, scales, x.shape[1], shape, width, torch.float32)
+            return product(x, weight, activations)
         packed = _Packed(planes, scales, x.shape[1], shape, width, self.launcher)
         if x.numel() == 0 or packed.rows == 0:
             return x.new_zeros((x.shape[0], packed.rows))
@@ -293,6 +299,15 @@ def warps_of_row(rows: int, tiles: int, warps: int, processors: int) -> int:
     return min(choices, key=tiles_of_busiest)
 
 
+def _decoded_on_the_cpu(
+    planes: list[Tensor], scales: Tensor, columns: int, shape: HalfShape, width: int, dtype: torch.dtype
+) -> Tensor:
+    """W of a shape with more levels than the kernels look up."""
+    numbers = (columns, shape.dim, shape.pulses, shape.levels, shape.gains, shape.shift, width, dtype)
+    weight: Tensor = torch.ops.compress.half_pyramid_decode([one.cpu() for one in planes], scales.cpu(), *numbers)
+    return weight.to(scales.device)
+
+
 class _Search:
     """The tables of the encoder (cuda/encode.cuh) as one float32 tensor, and its scalars."""
 
@@ -300,13 +315,15 @@ class _Search:
         gains = np.array(shape.gains, dtype=np.float32)
         levels = np.array(shape.levels, dtype=np.float32)
         table = np.zeros((3, 16), dtype=np.float32)
-        table[0, : levels.size] = levels
-        table[1, : levels.size - 1] = 2 * np.diff(levels)
-        table[2, : levels.size - 1] = np.diff(levels * levels)
+        if levels.size <= MOST_LEVELS:  # more have equal steps, and no table
+            table[0, : levels.size] = levels
+            table[1, : levels.size - 1] = 2 * np.diff(levels)
+            table[2, : levels.size - 1] = np.diff(levels * levels)
         self.tables = torch.from_numpy(np.concatenate([gains, np.float32(1) / gains, table.ravel()]))
         anchor = min(4, shape.limit)
         pitch = (levels[anchor] - levels[0]) / np.float32(anchor) if anchor else np.float32(1)
         self.slope, self.offset = np.float32(1) / pitch, levels[0] / pitch
+        self.least, self.most = level_sums(shape.dim, shape.levels, shape.pulses)
         self.step, self.start = pitch, levels[0]
         self.uniform = len(set(np.diff(levels).tolist())) < 2
 

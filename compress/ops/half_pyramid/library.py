@@ -17,7 +17,7 @@ from torch import Tensor
 from compress.errors import CodecError
 from compress.ops.bits import packed_bytes
 from compress.ops.cuda.half_pyramid import CudaKernels
-from compress.ops.half_pyramid import reference
+from compress.ops.half_pyramid import prepared, reference
 from compress.ops.half_pyramid.native import HalfPyramidLibrary
 from compress.ops.half_pyramid.shape import HalfShape, plane_widths
 from compress.ops.library import LIBRARY_PATH
@@ -43,6 +43,16 @@ class Backend(Protocol):
 
     def linear(
         self, x: Tensor, planes: list[Tensor], scales: Tensor, shape: HalfShape, width: int, activations: str
+    ) -> Tensor: ...
+
+
+class PreparedBackend(Protocol):
+    """The kernels of a backend that multiplies with prepared rows."""
+
+    def prepare(self, planes: list[Tensor], rows: int, columns: int, shape: HalfShape, width: int) -> Tensor: ...
+
+    def prepared_linear(
+        self, x: Tensor, rows: Tensor, scales: Tensor, shape: HalfShape, activations: str
     ) -> Tensor: ...
 
 
@@ -93,13 +103,33 @@ def half_pyramid_linear(
     width: int,
     activations: Activations = "float",
 ) -> Tensor:
-    """y = x W^T [R, o] in x's dtype, for x [R, n] in float32, float16 or bfloat16; W is read packed and never stored.
+    """y = x W^T [R, o] in x's dtype, for x [R, n] in float32, float16 or bfloat16; W is never decoded.
+
+    A processor prepares its rows for this product alone, which takes as long as many products: `half_pyramid_prepare`
+    does it once.
 
     activations "float": products and sums in float32. "int8": each row of x is first rounded to integers,
     x ~ (max|x| / 127) round(127 x / max|x|), half to even, whose products with v are exact. A row with a NaN or an
     infinity gives NaN. Has no gradient.
     """
     y: Tensor = torch.ops.compress.half_pyramid_linear(x, planes, scales, *_numbers(shape), width, activations)
+    return y
+
+
+def half_pyramid_prepare(planes: list[Tensor], rows: int, columns: int, shape: HalfShape, width: int) -> Tensor:
+    """Rows for many products by a processor, uint8 [rows, bytes]: see `compress.ops.half_pyramid.prepared`.
+
+    They take one to two bits a weight more than the planes, which they stand for. Errors as in `half_pyramid_unpack`.
+    """
+    made: Tensor = torch.ops.compress.half_pyramid_prepare(planes, rows, columns, *_numbers(shape), width)
+    return made
+
+
+def half_pyramid_prepared_linear(
+    x: Tensor, rows: Tensor, scales: Tensor, shape: HalfShape, activations: Activations = "float"
+) -> Tensor:
+    """`half_pyramid_linear` with prepared rows and row scales float32 [o]."""
+    y: Tensor = torch.ops.compress.half_pyramid_prepared_linear(x, rows, scales, *_numbers(shape), activations)
     return y
 
 
@@ -168,6 +198,12 @@ def declare() -> None:
             f"(Tensor x, Tensor[] planes, Tensor scales, {SHAPE}, int width, str activations) -> Tensor",
             _fake_linear,
         ),
+        ("prepare", f"(Tensor[] planes, int rows, int columns, {SHAPE}, int width) -> Tensor", _fake_prepare),
+        (
+            "prepared_linear",
+            f"(Tensor x, Tensor rows, Tensor scales, {SHAPE}, str activations) -> Tensor",
+            _fake_prepared_linear,
+        ),
     ):
         torch.library.define(f"compress::half_pyramid_{name}", schema)
         torch.library.register_fake(f"compress::half_pyramid_{name}", fake)
@@ -214,6 +250,28 @@ def attach(key: str, kernels: Backend) -> None:
         torch.library.impl(f"compress::half_pyramid_{name}", key, kernel)
 
 
+def attach_prepared(key: str, kernels: PreparedBackend) -> None:
+    """The same for the two operations on prepared rows, which only a processor has."""
+
+    def prepare(planes: list[Tensor], rows: int, columns: int, *numbers: Any) -> Tensor:
+        *rest, width = numbers
+        shape = _shape_of(*rest)
+        if rows < 0 or columns < 0:
+            raise CodecError(f"half_pyramid_prepare takes a matrix, not one of {rows} x {columns}.")
+        check_planes(planes, rows * -(-columns // shape.dim), shape, width)
+        return kernels.prepare(planes, rows, columns, shape, width)
+
+    def prepared_linear(x: Tensor, rows: Tensor, scales: Tensor, *numbers: Any) -> Tensor:
+        *rest, activations = numbers
+        shape = _shape_of(*rest)
+        _check_linear(x, activations)
+        prepared.check_prepared(rows, scales, x.shape[1], shape)
+        return kernels.prepared_linear(x, rows, scales, shape, activations)
+
+    torch.library.impl("compress::half_pyramid_prepare", key, prepare)
+    torch.library.impl("compress::half_pyramid_prepared_linear", key, prepared_linear)
+
+
 def _fake_encode(x: Tensor, scale: Tensor, *numbers: Any) -> tuple[Tensor, Tensor, Tensor]:
     gain = x.new_empty(x.shape[:1], dtype=torch.int64)
     return x.new_empty(x.shape, dtype=torch.int8), gain, torch.empty_like(gain)
@@ -235,6 +293,14 @@ def _fake_decode(planes: list[Tensor], scales: Tensor, columns: int, *numbers: A
 
 
 def _fake_linear(x: Tensor, planes: list[Tensor], scales: Tensor, *numbers: Any) -> Tensor:
+    return x.new_empty((x.shape[0], scales.shape[0]))
+
+
+def _fake_prepare(planes: list[Tensor], rows: int, columns: int, *numbers: Any) -> Tensor:
+    return planes[0].new_empty((rows, prepared.row_bytes(_shape_of(*numbers[:-1]), columns)))
+
+
+def _fake_prepared_linear(x: Tensor, rows: Tensor, scales: Tensor, *numbers: Any) -> Tensor:
     return x.new_empty((x.shape[0], scales.shape[0]))
 
 
@@ -276,6 +342,16 @@ class Processor:
         weight = self.decode(planes, scales, x.shape[1], shape, width, torch.float32)
         return reference.product(x, weight, activations)
 
+    def prepare(self, planes: list[Tensor], rows: int, columns: int, shape: HalfShape, width: int) -> Tensor:
+        device = planes[0].device
+        if device.type == "cpu":
+            return prepared.prepare(planes, rows, columns, shape, width)
+        return half_pyramid_prepare([plane.cpu() for plane in planes], rows, columns, shape, width).to(device)
+
+    def prepared_linear(self, x: Tensor, rows: Tensor, scales: Tensor, shape: HalfShape, activations: str) -> Tensor:
+        weight = prepared.decode(rows.cpu(), scales.cpu(), x.shape[1], shape)
+        return reference.product(x, weight.to(x.device), activations)
+
 
 def fused_devices() -> frozenset[str]:
     """The types of the devices that multiply with packed half-integer pyramids without decoding them first."""
@@ -284,8 +360,11 @@ def fused_devices() -> frozenset[str]:
 
 declare()
 attach("default", Processor())
+attach_prepared("default", Processor())
 FUSED = frozenset({*(("cpu",) if LIBRARY_PATH is not None else ()), *(("cuda",) if HAS_CUDA_KERNELS else ())})
 if HAS_CUDA_KERNELS:
     attach("CUDA", CudaKernels())
 if LIBRARY_PATH is not None:
-    attach("cpu", HalfPyramidLibrary(LIBRARY_PATH))
+    NATIVE = HalfPyramidLibrary(LIBRARY_PATH)
+    attach("cpu", NATIVE)
+    attach_prepared("cpu", NATIVE)

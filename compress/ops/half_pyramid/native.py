@@ -1,8 +1,8 @@
 """Half-integer pyramids by the compiled library: packing, decoding, and products with packed weights.
 
 The contracts are those of `compress.ops.half_pyramid.reference`. Shapes and lengths are checked here, before a pointer
-is taken; a rest that the shape does not have is an error in `unpack` and `decode`, and the last one of the shape in
-`linear`, which has no time to look. Nothing that the planes hold can make the library read elsewhere.
+is taken; a rest that the shape does not have is an error. Nothing that planes or prepared rows hold can make the
+library read elsewhere.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from compress.errors import CodecError, CompressError
 from compress.ops.bits import packed_bytes
+from compress.ops.half_pyramid.prepared import MOST_GAINS, check_prepared, chunk_count, row_bytes
 from compress.ops.half_pyramid.shape import MOST_EVEN_LEVELS, HalfShape, plane_widths
 from compress.ops.half_pyramid.tables import LARGEST_WORD, half_tables
 from compress.ops.native import INSTRUCTIONS, INT, INT64, POINTER, NativeLibrary
@@ -25,7 +26,10 @@ SIGNATURES: dict[str, list[type]] = {
     "compress_half_pack": [POINTER, POINTER, POINTER, POINTER, POINTER, INT64, INT],
     "compress_half_unpack": [POINTER, POINTER, INT64, POINTER, POINTER, INT],
     "compress_half_decode": [POINTER, POINTER, POINTER, INT64, INT64, INT64, POINTER, INT, INT],
-    "compress_half_linear": [POINTER, POINTER, POINTER, INT64, INT64, POINTER, INT64, INT, POINTER, INT, INT],
+    "compress_half_prepare": [POINTER, POINTER, INT64, INT64, POINTER, INT, INT],
+    "compress_half_prepared_linear": [
+        *(POINTER, POINTER, INT64, POINTER, INT64, INT64, POINTER, INT64, INT, POINTER, INT, INT)
+    ],
 }
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -43,6 +47,15 @@ class HalfCode(ctypes.Structure):
         *((name, POINTER) for name in ("words", "quads", "quad_starts", "octets", "gains", "levels")),
         *((name, ctypes.c_uint64) for name in ("last_low", "last_high")),
         *((name, ctypes.c_int32) for name in ("dim", "pulses", "limit", "stride", "gain_count", "shift", "bits")),
+    )
+
+
+class PreparedCode(ctypes.Structure):
+    """`PreparedCode` of cuda/half_prepared.h."""
+
+    _fields_ = (
+        *((name, POINTER) for name in ("gains", "levels")),
+        *((name, ctypes.c_int32) for name in ("limit", "gain_count", "shift")),
     )
 
 
@@ -152,12 +165,38 @@ class HalfPyramidLibrary:
         return out
 
     def linear(
+        self, x: Tensor, planes: list[Tensor], row_scales: Tensor, shape: HalfShape, width: int, activations: str
+    ) -> Tensor:
+        """One product: rows are prepared for it alone. See `prepared_linear`."""
+        prepared = self.prepare(planes, row_scales.shape[0], x.shape[1], shape, width)
+        return self.prepared_linear(x, prepared, row_scales, shape, activations)
+
+    def prepare(
         self,
-        x: Tensor,
         planes: list[Tensor],
-        row_scales: Tensor,
+        rows: int,
+        columns: int,
         shape: HalfShape,
         width: int,
+        *,
+        instructions: str | None = None,
+    ) -> Tensor:
+        """See `compress.ops.half_pyramid.prepared.prepare`."""
+        code, level = prepare_shape(shape, width), self._level(instructions)
+        if rows < 0 or columns < 0:
+            raise CodecError(f"A matrix of {rows} x {columns}.")
+        planes = check_planes(planes, rows * -(-columns // shape.dim), shape, width)
+        prepared = torch.empty((rows, row_bytes(shape, columns)), dtype=torch.uint8)
+        if prepared.numel() and self._call("compress_half_prepare", code, planes, rows, columns, prepared, level):
+            raise outside(shape)
+        return prepared
+
+    def prepared_linear(
+        self,
+        x: Tensor,
+        prepared: Tensor,
+        row_scales: Tensor,
+        shape: HalfShape,
         activations: str = "float",
         *,
         instructions: str | None = None,
@@ -167,20 +206,38 @@ class HalfPyramidLibrary:
         With `activations` "int8" each row of x is rounded to step * integer, step = max |x| / 127, half to even, and
         the integers of a group are multiplied exactly. A row with a NaN or an infinity then gives NaN.
         """
-        prepared, level = prepare_shape(shape, width), self._level(instructions)
+        level = self._level(instructions)
         if x.ndim != 2 or x.device.type != "cpu":
             raise CodecError(f"linear takes x [R, n] on the CPU, not {list(x.shape)} on {x.device}.")
         check_type("activations", x.dtype)
         if activations not in ACTIVATIONS:
             raise CodecError(f"Activations as '{activations}'.", remedy=f"Use one of {', '.join(ACTIVATIONS)}.")
-        planes, row_scales = check_matrix(planes, row_scales, x.shape[1], shape, width)
-        y = torch.empty((x.shape[0], row_scales.shape[0]), dtype=torch.float32)
-        inputs = x.to(torch.float32).contiguous()
-        place = (row_scales, row_scales.shape[0], x.shape[1])
-        as_integers = int(activations == "int8")
-        if self._call("compress_half_linear", prepared, planes, *place, inputs, x.shape[0], as_integers, y, level):
+        rows, (count, columns) = row_scales.numel(), x.shape
+        check_prepared(prepared, row_scales, columns, shape)
+        if columns == 0 or count == 0:
+            return x.new_zeros((count, rows))
+        y = torch.empty((count, rows), dtype=torch.float32)
+        code, _ = prepared_code(shape)
+        tensors = (prepared.contiguous(), row_scales.contiguous(), x.to(torch.float32).contiguous())
+        first, scales, inputs = (tensor.data_ptr() for tensor in tensors)
+        refused = self.functions["compress_half_prepared_linear"](
+            ctypes.byref(code),
+            *(first, chunk_count(columns), scales, rows, columns, inputs, count),
+            *(int(activations == "int8"), y.data_ptr(), level, torch.get_num_threads()),
+        )
+        if refused:
             raise CompressError("Not enough memory for eight rows of activations.")
         return y.to(x.dtype)
+
+
+@lru_cache(maxsize=64)
+def prepared_code(shape: HalfShape) -> tuple[PreparedCode, tuple[Tensor, Tensor]]:
+    """With the tensors that its pointers point to: as long as an index of prepared rows can be large."""
+    gains, levels = torch.zeros(MOST_GAINS), torch.zeros(MOST_EVEN_LEVELS, dtype=torch.uint8)
+    gains[: len(shape.gains)] = torch.tensor(shape.gains)
+    levels[: len(shape.levels)] = torch.tensor(shape.levels)
+    code = PreparedCode(gains.data_ptr(), levels.data_ptr(), shape.limit, len(shape.gains), shape.shift)
+    return code, (gains, levels)
 
 
 def plane_bytes(groups: int, shape: HalfShape, width: int) -> list[int]:

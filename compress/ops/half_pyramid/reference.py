@@ -89,8 +89,10 @@ def pack(values: Tensor, gain: Tensor, coset: Tensor, shape: HalfShape, width: i
     return planes
 
 
-def unpack(planes: list[Tensor], groups: int, shape: HalfShape, width: int) -> tuple[Tensor, Tensor]:
-    """Values v int8 [G, D] and gain int64 [G] of signs and planes; the inverse of `pack`.
+def unpack_parts(
+    planes: list[Tensor], groups: int, shape: HalfShape, width: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of each group the composition m and the signs (1 where negative) [G, D], gain and coset [G], all int64.
 
     Raises `CodecError` for a rest that no group has.
     """
@@ -102,15 +104,25 @@ def unpack(planes: list[Tensor], groups: int, shape: HalfShape, width: int) -> t
         raise CodecError(f"A code lies outside its codebook of {shape.codes}.", remedy="The codes are damaged.")
     coset = rest & 1 if shape.coset else rest * 0
     rest = rest >> 1 if shape.coset else rest
-    gain = (rest % len(shape.gains)).astype(np.int64)
+    gain, rank = rest % len(shape.gains), np.asarray(rest // len(shape.gains), dtype=object)
     sums = np.full(groups, shape.pulses, dtype=np.int64)
-    rank = np.asarray(rest // len(shape.gains), dtype=object)
     m = unrank_compositions(rank, sums, shape.dim, shape.limit)
-    levels = torch.tensor(shape.levels)[torch.from_numpy(m)]
     negative = unpack_bits(planes[0], 1, groups * shape.dim).view(groups, shape.dim)
-    shift = torch.from_numpy(np.where(coset == 0, shape.shift, -shape.shift).astype(np.int64)).unsqueeze(-1)
-    values = torch.where(negative == 1, -levels, levels) + shift
-    return values.to(torch.int8), torch.from_numpy(gain)
+    gain_index, coset_index = (torch.from_numpy(each.astype(np.int64)) for each in (gain, coset))
+    return torch.from_numpy(m), negative, gain_index, coset_index
+
+
+def unpack(planes: list[Tensor], groups: int, shape: HalfShape, width: int) -> tuple[Tensor, Tensor]:
+    """Values v int8 [G, D] and gain int64 [G] of signs and planes; the inverse of `pack`."""
+    m, negative, gain, coset = unpack_parts(planes, groups, shape, width)
+    return group_values(m, negative, coset, shape), gain
+
+
+def group_values(m: Tensor, negative: Tensor, coset: Tensor, shape: HalfShape) -> Tensor:
+    """v int8 [G, D] of the parts of groups."""
+    levels = torch.tensor(shape.levels)[m]
+    shift = torch.where(coset == 0, shape.shift, -shape.shift).unsqueeze(-1)
+    return (torch.where(negative == 1, -levels, levels) + shift).to(torch.int8)
 
 
 def decode(
