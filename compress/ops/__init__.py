@@ -12,6 +12,8 @@ from compress.ops.half_pyramid.library import (
     half_pyramid_encode,
     half_pyramid_linear,
     half_pyramid_pack,
+    half_pyramid_prepare,
+    half_pyramid_prepared_linear,
     half_pyramid_unpack,
 )
 from compress.ops.library import (
@@ -34,6 +36,8 @@ __all__ = [
     "half_pyramid_encode",
     "half_pyramid_linear",
     "half_pyramid_pack",
+    "half_pyramid_prepare",
+    "half_pyramid_prepared_linear",
     "half_pyramid_unpack",
     "native_divergences",
     "pack_bits",

@@ -23,7 +23,7 @@ from compress.ops.search import level_sums
 from compress.ops.tables import codebook_size, index_words, word_table
 from compress.ops.words import word_count, words_shape
 
-INTERFACE = 4
+INTERFACE = 5
 """Version of the C interface; `compress_interface()` of the library must return it."""
 
 POINTER, INT64, INT, DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double

@@ -16,7 +16,7 @@ from compress.codecs.base import QuantizedMatrix
 from compress.ops.half_pyramid.library import FLOATS, half_pyramid_prepare, half_pyramid_prepared_linear
 from compress.ops.half_pyramid.shape import HalfShape
 
-FUSED_ROWS = 32
+FUSED_ROWS = 16
 """Rows of activations that a processor multiplies with prepared rows; more are worth decoding the weight for."""
 
 
