@@ -54,7 +54,7 @@ CODECS: dict[str, tuple[str, dict[str, Any]]] = {
         {"dim": 16, "coset": False, "levels": "uniform"},
     ),
     "half_pyramid dim=32": ("half_pyramid", {"dim": 32}),
-    "half_pyramid dim=32 coset=true": ("half_pyramid", {"dim": 32, "coset": True}),
+    "half_pyramid dim=32 coset=false": ("half_pyramid", {"dim": 32, "coset": False}),
     "half_pyramid dim=32 levels=uniform": ("half_pyramid", {"dim": 32, "levels": "uniform"}),
     "pyramid dim=16 max=127": ("pyramid", {"dim": 16, "max": 127}),
     "pyramid dim=16 max=7": ("pyramid", {"dim": 16, "max": 7}),

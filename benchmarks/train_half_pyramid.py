@@ -169,9 +169,11 @@ def shapes(family: Family, width: int, limits: list[int]) -> list[tuple[int, int
 def train(family: Family, width: int, limits: list[int], before: Candidate | None, samples: list[Tensor]) -> Candidate:
     """The best shape of one width; its `mse` is measured on the last of `samples`. A wider code is never worse."""
     small, middle, large, fresh = samples
+    kinds = {family, replace(family, trained=False)}  # trained levels begin as uniform ones too
     starts = [
-        Candidate(start_shape(small, family, pulses, limit, number), 0.0)
+        Candidate(start_shape(small, kind, pulses, limit, number), 0.0)
         for pulses, limit, number in shapes(family, width, limits)
+        for kind in kinds
     ]
     first = _best([lloyd(small, start, family, 12) for start in starts], 5)
     second = _best([lloyd(middle, candidate, family, 20) for candidate in first], 2)

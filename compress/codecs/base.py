@@ -110,7 +110,8 @@ class QuantizedMatrix:
         start = 0
         for part in layout:
             piece = payload[start : start + part.nbytes]
-            tensors[part.name] = piece.clone().view(part.dtype).view(part.shape)
+            piece = piece if part.dtype.itemsize == 1 else piece.clone()  # which may lie at an odd place
+            tensors[part.name] = piece.view(part.dtype).view(part.shape)
             start += part.nbytes
         return cls(spec, shape, tensors)
 

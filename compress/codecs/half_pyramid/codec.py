@@ -35,17 +35,15 @@ from compress.ops.half_pyramid.shape import plane_widths
 
 @dataclass(frozen=True)
 class HalfPyramidConfig:
-    """dim: weights in a group, 8, 16 or 32. coset: whether a bit shifts the group; by default below dim = 32.
+    """dim: weights in a group, 8, 16 or 32. coset: whether a bit shifts the group.
     levels: "trained", or "uniform" for the half-integers themselves."""
 
     name: ClassVar[str] = "half_pyramid"
     dim: int = 8
-    coset: bool | None = None
+    coset: bool = True
     levels: str = "trained"
 
     def __post_init__(self) -> None:
-        if self.coset is None:
-            object.__setattr__(self, "coset", self.dim < 32)
         if self.key not in shipped_tables():
             choices = sorted(key[1:] for key in shipped_tables() if key[0] == VERSION)
             known = "; ".join(f"dim={dim},coset={str(c).lower()},levels={levels}" for dim, c, levels in choices)
@@ -56,7 +54,7 @@ class HalfPyramidConfig:
 
     @property
     def key(self) -> Key:
-        return VERSION, self.dim, bool(self.coset), self.levels
+        return VERSION, self.dim, self.coset, self.levels
 
 
 @register_codec
@@ -89,7 +87,7 @@ class HalfPyramidCodec:
                 f"The half-integer pyramid of dim={self.config.dim} has no code of {width} bits.",
                 remedy=f"Its widths are {widths[0]} to {widths[-1]} bits per {self.config.dim} weights.",
             )
-        options: dict[str, Option] = {"coset": bool(self.config.coset), "levels": self.config.levels, "table": VERSION}
+        options: dict[str, Option] = {"coset": self.config.coset, "levels": self.config.levels, "table": VERSION}
         return CodecSpec("half_pyramid", width, self.config.dim, options)
 
     def layout(self, spec: CodecSpec, shape: tuple[int, int]) -> tuple[FieldLayout, ...]:
