@@ -18,6 +18,8 @@ from compress.ops.half_pyramid.library import Activations, half_pyramid_prepare,
 from compress.ops.half_pyramid.shape import HalfShape, plane_widths
 
 Step = Callable[[int], object]
+CALLS = 16
+"""Products in a row of one contestant: a step of a decoder makes many."""
 
 
 def random_planes(shape: HalfShape, width: int, weights: int, seed: int) -> list[Tensor]:
@@ -95,7 +97,7 @@ def products(
         "bf16": (baseline(torch.bfloat16), len(dense[torch.bfloat16])),
         "fp32": (baseline(torch.float32), len(dense[torch.float32])),
     }
-    report = summary(contest(ways, rounds, 4, clock), ("bf16", "fp32"))
+    report = summary(contest(ways, rounds, CALLS, clock), ("bf16", "fp32"))
     for name in get_args(Activations):
         report[name]["bits"] = prepared.numel() * 8 / size**2
         report[name]["error"] = float((product(name)(0) - exact).norm() / exact.norm())

@@ -12,6 +12,7 @@ namespace compress {
 namespace {
 
 constexpr int kMostRows = 8;  // rows of activations that share the work of decoding
+constexpr int kBlock = 64;    // prepared rows that a thread takes at once
 constexpr int kChunkWeights = 8 * kChunkOctets;
 
 const PreparedLoops& loops_of(int instructions) {
@@ -119,12 +120,16 @@ COMPRESS_API int64_t compress_half_prepared_linear(const compress::PreparedCode*
       const int here = static_cast<int>(rows - done < kMostRows ? rows - done : kMostRows);
       const int held = here <= 2 ? here : here <= 4 ? 4 : kMostRows;
       const Activations activations(loops, x + done * columns, columns, chunks, here, held, as_integers != 0);
-#pragma omp parallel for schedule(dynamic, 64) num_threads(threads)
-      for (int64_t o = 0; o < out_rows; ++o) {
-        float sums[kMostRows];
-        dot(*code, prepared + o * row_bytes, activations.inputs, held, sums);
-        for (int r = 0; r < here; ++r)
-          y[(done + r) * out_rows + o] = sums[r] * row_scales[o] * activations.steps[r];
+      const int64_t blocks = (out_rows + kBlock - 1) / kBlock;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+      for (int64_t b = 0; b < blocks; ++b) {
+        float sums[kBlock * kMostRows];
+        const int64_t first = b * kBlock;
+        const int count = static_cast<int>(out_rows - first < kBlock ? out_rows - first : kBlock);
+        dot(*code, prepared + first * row_bytes, count, activations.inputs, held, sums);
+        for (int o = 0; o < count; ++o)
+          for (int r = 0; r < here; ++r)
+            y[(done + r) * out_rows + first + o] = sums[o * held + r] * row_scales[first + o] * activations.steps[r];
       }
     }
   } catch (const std::bad_alloc&) {

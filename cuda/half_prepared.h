@@ -53,9 +53,12 @@ struct PreparedLoops {
   // one row of activations, from x [256 chunks]
   void (*arrange_floats)(const float* x, int64_t chunks, float* out);
   void (*arrange_integers)(const int8_t* x, int64_t chunks, int8_t* out);
-  // sums[r] = sum over octets of gain (sum over j of v_j x_rj), for `rows` = 1, 2, 4 or 8 rows
-  void (*dot_floats)(const PreparedCode& code, const uint8_t* row, const PreparedInputs& x, int rows, float* sums);
-  void (*dot_integers)(const PreparedCode& code, const uint8_t* row, const PreparedInputs& x, int rows, float* sums);
+  // sums [count, rows] of `count` prepared rows: sum over octets of gain (sum over j of v_j x_rj), for `rows` = 1, 2, 4
+  // or 8 rows of x
+  void (*dot_floats)(const PreparedCode& code, const uint8_t* prepared, int count, const PreparedInputs& x, int rows,
+                     float* sums);
+  void (*dot_integers)(const PreparedCode& code, const uint8_t* prepared, int count, const PreparedInputs& x, int rows,
+                       float* sums);
 };
 
 const PreparedLoops* prepared_loops_base();

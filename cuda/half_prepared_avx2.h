@@ -221,53 +221,62 @@ class Integers {
   ByteTable levels_, signs_;
 };
 
+constexpr int kAhead = 2048;  // bytes fetched before they are wanted
+
 template <class Kind, int kPlanes, bool kWide, int R>
-void dot_of(const PreparedCode& code, const uint8_t* row, const PreparedInputs& x, float* sums) {
+void dot_of(const PreparedCode& code, const uint8_t* chunk, int count, const PreparedInputs& x, float* sums) {
   constexpr int kDigits = kIndexBytes + kPlanes * kPlaneBytes, kUnits = kChunkOctets / kUnitOctets;
   constexpr int kBytes = kDigits + kUnits * Digits<kWide>::kBytes;
   const Kind kind(code);
   const Digits<kWide> digits(code);
-  __m256 totals[R];
-  for (int r = 0; r < R; ++r) totals[r] = _mm256_setzero_ps();
-  const auto add = [&](const uint8_t* chunk, int64_t place, auto unit) {
-    constexpr int kUnit = decltype(unit)::value;
-    __m256 gain, shift;
-    digits.read(chunk + kDigits + kUnit * Digits<kWide>::kBytes, gain, shift);
-    kind.template add<R>(half_of<kPlanes, kUnit, false>(chunk), half_of<kPlanes, kUnit, true>(chunk), gain, shift, x,
-                         place + kUnit * kUnitOctets, totals);
-  };
-  for (int64_t i = 0; i < x.chunks; ++i, row += kBytes) {
-    add(row, i * kChunkOctets, std::integral_constant<int, 0>());
-    add(row, i * kChunkOctets, std::integral_constant<int, 1>());
-    add(row, i * kChunkOctets, std::integral_constant<int, 2>());
-    add(row, i * kChunkOctets, std::integral_constant<int, 3>());
+  for (int o = 0; o < count; ++o) {
+    __m256 totals[R];
+    for (int r = 0; r < R; ++r) totals[r] = _mm256_setzero_ps();
+    const auto add = [&](int64_t place, auto unit) {
+      constexpr int kUnit = decltype(unit)::value;
+      __m256 gain, shift;
+      digits.read(chunk + kDigits + kUnit * Digits<kWide>::kBytes, gain, shift);
+      kind.template add<R>(half_of<kPlanes, kUnit, false>(chunk), half_of<kPlanes, kUnit, true>(chunk), gain, shift, x,
+                           place + kUnit * kUnitOctets, totals);
+    };
+    for (int64_t i = 0; i < x.chunks; ++i, chunk += kBytes) {
+      for (int line = 0; line < kBytes; line += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(chunk) + kAhead + line, _MM_HINT_T0);
+      add(i * kChunkOctets, std::integral_constant<int, 0>());
+      add(i * kChunkOctets, std::integral_constant<int, 1>());
+      add(i * kChunkOctets, std::integral_constant<int, 2>());
+      add(i * kChunkOctets, std::integral_constant<int, 3>());
+    }
+    for (int r = 0; r < R; ++r) sums[o * R + r] = sum_of(totals[r]);
   }
-  for (int r = 0; r < R; ++r) sums[r] = sum_of(totals[r]);
 }
 
 template <class Kind, int kPlanes, bool kWide>
-void dot_rows(const PreparedCode& code, const uint8_t* row, const PreparedInputs& x, int rows, float* sums) {
-  if (rows == 1) return dot_of<Kind, kPlanes, kWide, 1>(code, row, x, sums);
-  if (rows == 2) return dot_of<Kind, kPlanes, kWide, 2>(code, row, x, sums);
-  if (rows == 4) return dot_of<Kind, kPlanes, kWide, 4>(code, row, x, sums);
-  return dot_of<Kind, kPlanes, kWide, 8>(code, row, x, sums);
+void dot_rows(const PreparedCode& code, const uint8_t* prepared, int count, const PreparedInputs& x, int rows,
+              float* sums) {
+  if (rows == 1) return dot_of<Kind, kPlanes, kWide, 1>(code, prepared, count, x, sums);
+  if (rows == 2) return dot_of<Kind, kPlanes, kWide, 2>(code, prepared, count, x, sums);
+  if (rows == 4) return dot_of<Kind, kPlanes, kWide, 4>(code, prepared, count, x, sums);
+  return dot_of<Kind, kPlanes, kWide, 8>(code, prepared, count, x, sums);
 }
 
 template <class Kind>
-void dot(const PreparedCode& code, const uint8_t* row, const PreparedInputs& x, int rows, float* sums) {
+void dot(const PreparedCode& code, const uint8_t* prepared, int count, const PreparedInputs& x, int rows, float* sums) {
   const bool wide = code.gain_count > 8;
   const auto dot = code.limit > 15  ? (wide ? dot_rows<Kind, 2, true> : dot_rows<Kind, 2, false>)
                    : code.limit > 7 ? (wide ? dot_rows<Kind, 1, true> : dot_rows<Kind, 1, false>)
                                     : (wide ? dot_rows<Kind, 0, true> : dot_rows<Kind, 0, false>);
-  dot(code, row, x, rows, sums);
+  dot(code, prepared, count, x, rows, sums);
 }
 
-void dot_floats(const PreparedCode& code, const uint8_t* row, const PreparedInputs& x, int rows, float* sums) {
-  dot<Floats>(code, row, x, rows, sums);
+void dot_floats(const PreparedCode& code, const uint8_t* prepared, int count, const PreparedInputs& x, int rows,
+                float* sums) {
+  dot<Floats>(code, prepared, count, x, rows, sums);
 }
 
-void dot_integers(const PreparedCode& code, const uint8_t* row, const PreparedInputs& x, int rows, float* sums) {
-  dot<Integers>(code, row, x, rows, sums);
+void dot_integers(const PreparedCode& code, const uint8_t* prepared, int count, const PreparedInputs& x, int rows,
+                  float* sums) {
+  dot<Integers>(code, prepared, count, x, rows, sums);
 }
 
 }  // namespace

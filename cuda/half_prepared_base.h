@@ -48,30 +48,34 @@ class Reader {
 };
 
 template <class Product>
-inline void dot(const PreparedCode& code, const uint8_t* row, const PreparedInputs& x, int rows, float* sums,
-                const Product& product) {
+inline void dot(const PreparedCode& code, const uint8_t* prepared, int count, const PreparedInputs& x, int rows,
+                float* sums, const Product& product) {
   const Reader reader(code);
-  for (int r = 0; r < rows; ++r) sums[r] = 0.0f;
-  for (int64_t chunk = 0; chunk < x.chunks; ++chunk)
-    for (int i = 0; i < kChunkOctets; ++i) {
-      const Octet octet = reader.read(row + chunk * reader.chunk_bytes(), i);
-      for (int r = 0; r < rows; ++r) {
-        const int64_t place = (r * x.chunks + chunk) * kChunkOctets + i;
-        sums[r] += octet.gain * (product(octet.values, place) + octet.shift * x.sums[place]);
+  for (int o = 0; o < count; ++o, sums += rows) {
+    for (int r = 0; r < rows; ++r) sums[r] = 0.0f;
+    for (int64_t chunk = 0; chunk < x.chunks; ++chunk, prepared += reader.chunk_bytes())
+      for (int i = 0; i < kChunkOctets; ++i) {
+        const Octet octet = reader.read(prepared, i);
+        for (int r = 0; r < rows; ++r) {
+          const int64_t place = (r * x.chunks + chunk) * kChunkOctets + i;
+          sums[r] += octet.gain * (product(octet.values, place) + octet.shift * x.sums[place]);
+        }
       }
-    }
+  }
 }
 
-void dot_floats(const PreparedCode& code, const uint8_t* row, const PreparedInputs& x, int rows, float* sums) {
-  dot(code, row, x, rows, sums, [&](const int* values, int64_t place) {
+void dot_floats(const PreparedCode& code, const uint8_t* prepared, int count, const PreparedInputs& x, int rows,
+                float* sums) {
+  dot(code, prepared, count, x, rows, sums, [&](const int* values, int64_t place) {
     float sum = 0.0f;
     for (int j = 0; j < 8; ++j) sum += static_cast<float>(values[j]) * x.floats[8 * place + j];
     return sum;
   });
 }
 
-void dot_integers(const PreparedCode& code, const uint8_t* row, const PreparedInputs& x, int rows, float* sums) {
-  dot(code, row, x, rows, sums, [&](const int* values, int64_t place) {
+void dot_integers(const PreparedCode& code, const uint8_t* prepared, int count, const PreparedInputs& x, int rows,
+                  float* sums) {
+  dot(code, prepared, count, x, rows, sums, [&](const int* values, int64_t place) {
     int sum = 0;
     for (int j = 0; j < 8; ++j) sum += values[j] * x.integers[8 * place + j];
     return static_cast<float>(sum);

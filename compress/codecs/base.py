@@ -97,7 +97,8 @@ class QuantizedMatrix:
 
     @classmethod
     def from_payload(cls, spec: CodecSpec, shape: tuple[int, int], payload: Tensor) -> Self:
-        """The matrix whose `payload()` this is. Raises `ArtifactError` unless type and length are exactly right."""
+        """The matrix whose `payload()` this is. Raises `ArtifactError` unless type and length are exactly right and
+        all scales are finite and not negative."""
         layout = codec_of(spec).layout(spec, shape)
         needed = sum(part.nbytes for part in layout)
         if payload.dtype != torch.int8 or payload.ndim != 1 or payload.numel() != needed:
@@ -111,7 +112,12 @@ class QuantizedMatrix:
         for part in layout:
             piece = payload[start : start + part.nbytes]
             piece = piece if part.dtype.itemsize == 1 else piece.clone()  # which may lie at an odd place
-            tensors[part.name] = piece.view(part.dtype).view(part.shape)
+            tensor = tensors[part.name] = piece.view(part.dtype).view(part.shape)
+            if tensor.is_floating_point() and not bool((torch.isfinite(tensor) & (tensor >= 0)).all()):
+                raise ArtifactError(
+                    f"A {spec.codec} matrix has scales ('{part.name}') that are no finite, positive numbers.",
+                    remedy="The file is damaged.",
+                )
             start += part.nbytes
         return cls(spec, shape, tensors)
 
@@ -167,7 +173,7 @@ class Codec(Protocol):
 
     @classmethod
     def from_spec(cls, spec: CodecSpec) -> Self:
-        """The codec that wrote `spec`; `UsageError` when no options of it could have."""
+        """The codec that wrote `spec`; `ArtifactError` when no options of it could have."""
         ...
 
     @property
@@ -192,7 +198,8 @@ class Codec(Protocol):
         ...
 
     def quantize(self, weight: Tensor, spec: CodecSpec) -> QuantizedMatrix:
-        """The nearest matrix in the form of `spec`. `NumericsError` for a weight that is not finite."""
+        """A near matrix in the form of `spec`: each group is rounded to the nearest under its scale, which is searched
+        for. `NumericsError` for a weight that is not finite."""
         ...
 
     def integers(self, matrix: QuantizedMatrix) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from compress.errors import UsageError, nearest
+from compress.errors import ArtifactError, UsageError, nearest
 
 if TYPE_CHECKING:
     from compress.codecs.base import Codec, CodecSpec
@@ -32,16 +32,25 @@ def codec_names() -> list[str]:
 def codec(name: str, **options: object) -> Codec:
     """The codec `name` with its options. Raises `UsageError` that names the nearest known name or option."""
     cls = _class_of(name)
-    known = [field.name for field in dataclasses.fields(cls.config_type)]
-    for option in options:
+    known = {field.name: type(field.default) for field in dataclasses.fields(cls.config_type)}
+    for option, value in options.items():
         if option not in known:
-            raise UsageError(f"The codec '{name}' has no option '{option}'.", remedy=nearest(option, known, "It takes"))
+            raise UsageError(
+                f"The codec '{name}' has no option '{option}'.", remedy=nearest(option, list(known), "It takes")
+            )
+        if type(value) is not known[option]:
+            kind = {bool: "true or false", int: "a whole number", str: "a word"}[known[option]]
+            raise UsageError(f"The option '{option}' of the codec '{name}' is {value!r}.", remedy=f"Give {kind}.")
     return cls(cls.config_type(**options))
 
 
 def codec_of(spec: CodecSpec) -> Codec:
-    """The codec that wrote `spec`. Raises `UsageError` for a name this version does not know."""
-    return _class_of(spec.codec).from_spec(spec)
+    """The codec that wrote `spec`. Raises `ArtifactError` for a name this version does not know."""
+    if spec.codec not in _CODECS:
+        raise ArtifactError(
+            f"There is no codec '{spec.codec}'.", remedy="A newer version of compress, or another program, wrote this."
+        )
+    return _CODECS[spec.codec].from_spec(spec)
 
 
 def _class_of(name: str) -> type[Codec]:

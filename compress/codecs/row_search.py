@@ -136,15 +136,16 @@ class _Search:
 
 
 def fill_groups(weight: Tensor, dim: int) -> Tensor:
-    """W [o, n] as groups [o, ceil(n / dim), dim]. The last group of a row is filled up with its mean magnitude.
+    """W [o, n] as groups [o, ceil(n / dim), dim]. The last group of a row is filled up with nine tenths of its mean
+    magnitude.
 
     What a reader finds in the filled columns is dropped, so any value would do; zeros would make the pyramid spend
-    error on carrying its pulses there.
+    error on carrying its pulses there, and the mean itself ties with equal weights, so that pulses go to the filling.
     """
     rows, columns = weight.shape
     groups = -(-columns // dim)
     missing = groups * dim - columns
     if missing:
-        tail = weight[:, columns - (dim - missing) :].abs().mean(1, keepdim=True)
+        tail = 0.9 * weight[:, columns - (dim - missing) :].abs().mean(1, keepdim=True)
         weight = torch.cat([weight, tail.expand(rows, missing)], 1)
     return weight.reshape(rows, groups, dim)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from compress.errors import ExportError
 from compress.quantization.matrix import relative_error
 
 if TYPE_CHECKING:
@@ -64,6 +65,8 @@ class Container:
 def container_of(matrix: QuantizedMatrix) -> Container:
     """The container of a matrix: exact where its groups are whole blocks, else rounded to 8 bits."""
     rows, columns = matrix.shape
+    if not rows or not columns:
+        raise ExportError(f"A matrix of {rows} x {columns} has no weights to export.")
     block = next((size for size in BLOCKS if matrix.spec.dim % size == 0), None)
     if block is None:
         return rounded(matrix.dequantize())

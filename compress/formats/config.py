@@ -89,11 +89,14 @@ class QuantizationConfig:
             )
         try:
             default = dict(data["default"])
+            ignore = data["ignore"]
+            if not isinstance(ignore, list) or not all(isinstance(name, str) for name in ignore):
+                raise TypeError("'ignore' is no list of names")
             specs = {name: CodecSpec.from_dict({**default, **change}) for name, change in data["modules"].items()}
             return cls(
                 CodecSpec.from_dict(default),
                 specs,
-                tuple(data["ignore"]),
+                tuple(ignore),
                 float(data["bits_per_weight"]),
                 str(data["producer"]),
             )

@@ -1,6 +1,7 @@
 """Operations with more than one backend, declared to torch in the namespace `compress`.
 
-`compress.ops.reference` holds the definition of each in plain torch. `backend()` says what runs on the CPU.
+Each is defined in plain torch: the encoder of all pyramids in `search`, integer pyramids in `reference`, half-integer
+pyramids in `half_pyramid.reference`, the transform in `hadamard`. `backend()` says what runs on the CPU.
 """
 
 from compress.ops import reference

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -40,13 +41,23 @@ def _reference(x: Tensor) -> Tensor:
         pairs = y.reshape(-1, columns // (2 * half), 2, half)
         y = torch.stack([pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]], 2)
         half *= 2
-    return (y.reshape(x.shape) / math.sqrt(columns)).to(x.dtype)
+    return (y.reshape(x.shape) / math.sqrt(columns)).to(x.dtype).contiguous()
 
 
 def _on_cuda(x: Tensor) -> Tensor:
-    if x.dtype not in TYPES or not 1 <= x.shape[-1] <= LARGEST_COLUMNS:
+    if x.ndim == 0 or x.dtype not in TYPES or not 1 <= x.shape[-1] <= LARGEST_COLUMNS:
         return _reference(x)
-    return hadamard_rows(x, CupyLauncher())
+    return hadamard_rows(x, _launcher())
+
+
+@lru_cache(maxsize=1)
+def _launcher() -> CupyLauncher:
+    """One, which keeps the kernels that it has loaded."""
+    return CupyLauncher()
+
+
+def _fake(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _backward(context: object, gradient: Tensor) -> Tensor:
@@ -54,7 +65,7 @@ def _backward(context: object, gradient: Tensor) -> Tensor:
 
 
 torch.library.define("compress::hadamard", "(Tensor x) -> Tensor")
-torch.library.register_fake("compress::hadamard", torch.empty_like)
+torch.library.register_fake("compress::hadamard", _fake)
 torch.library.impl("compress::hadamard", "default", _reference)
 torch.library.register_autograd("compress::hadamard", _backward)
 if importlib.util.find_spec("cupy") is not None and torch.cuda.is_available():

@@ -106,7 +106,7 @@ def _check_encode(x: Tensor, scale: Tensor, levels: Tensor, pulses: int, limit: 
         )
     if not x.dtype == scale.dtype == levels.dtype == torch.float32:
         raise CodecError(f"pyramid_encode takes float32, not {x.dtype}, {scale.dtype}, {levels.dtype}.")
-    if bool((levels <= 0).any()) or bool((levels.diff() < 0).any()):
+    if not bool((levels >= torch.finfo(torch.float32).tiny).all()) or bool((levels.diff() < 0).any()):
         raise CodecError(f"pyramid_encode takes positive, ascending levels, not {levels.tolist()}.")
     _check_pyramid(x.shape[1], pulses, limit)
 

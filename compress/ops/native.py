@@ -1,7 +1,7 @@
 """The compiled CPU backend: a plain C library called through ctypes.
 
 A C interface rather than a Python extension: one build serves every Python version, needs no Python headers, and
-compiles in seconds. `cuda/host.cpp` and `cuda/divergence_rows.cpp` are its source. Without the library everything
+compiles in seconds. Its source is `cuda/*.cpp`. Without the library everything
 works, slower, on the torch reference; a library of another version is an error rather than a silent fallback.
 """
 
@@ -64,7 +64,7 @@ def find_library() -> Path | None:
 class NativeLibrary:
     """The kernels of one loaded library, as functions of tensors with the contracts of `compress.ops.reference`.
 
-    Tensors must be contiguous and on the CPU. Work is spread over `torch.get_num_threads()` threads.
+    Tensors are on the CPU. Work is spread over `torch.get_num_threads()` threads.
     """
 
     def __init__(self, path: Path) -> None:

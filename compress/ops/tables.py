@@ -31,7 +31,7 @@ from compress.ops.words import MOST_WORDS, WORD, to_words, word_count
 LARGEST = 2**63 - 1
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=4)
 def counts(dim: int, pulses: int, limit: int) -> tuple[tuple[int, ...], ...]:
     """N(d, k) for d = 0..dim and k = 0..pulses, as exact integers: `counts(...)[d][k]`."""
     rows = [tuple(int(k == 0) for k in range(pulses + 1))]
@@ -78,7 +78,7 @@ def index_words(dim: int, pulses: int, limit: int) -> int:
     return word_count(index_bits(dim, pulses, limit))
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)
 def word_table(dim: int, pulses: int, limit: int) -> Tensor:
     """N(d, k) in words: int64 [dim + 1, pulses + 1, W], for the compiled kernels. Errors as `index_bits`.
 

@@ -51,6 +51,10 @@ def uniform(views: Sequence[MatrixView], codec: Codec, bits: float) -> dict[str,
     """
     groups = _groups(views, codec)
     widths = list(codec.widths())
+    if not widths:
+        raise UsageError(
+            f"The codec '{codec.config_type.name}' has no code with these options.", remedy="compress list codecs"
+        )
     budget = _checked_budget(groups, widths, codec, bits)
     base = max(index for index, width in enumerate(widths) if _total(groups, width) <= budget)
     weights = sum(group.weights for group in groups)

@@ -25,7 +25,8 @@ def test_is_its_own_inverse_and_its_own_gradient() -> None:
     x = torch.randn(4, 256, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(ops.hadamard(ops.hadamard(x)), x)
     assert torch.autograd.gradcheck(ops.hadamard, torch.randn(2, 8, dtype=torch.float64, requires_grad=True))
-    torch.library.opcheck(torch.ops.compress.hadamard.default, (torch.randn(2, 16, requires_grad=True),))
+    for x in (torch.randn(2, 16, requires_grad=True), torch.randn(16, 4).t()):
+        torch.library.opcheck(torch.ops.compress.hadamard.default, (x,))
 
 
 @pytest.mark.parametrize("wrong", [torch.zeros(2, 12), torch.zeros(2, 0), torch.zeros(4, dtype=torch.int64)], ids=str)

@@ -30,7 +30,7 @@ from compress.codecs.rows import row_scales
 from compress.errors import ArtifactError, UsageError
 from compress.ops.bits import packed_bytes
 from compress.ops.half_pyramid.library import FLOATS
-from compress.ops.half_pyramid.shape import plane_widths
+from compress.ops.half_pyramid.shape import MOST_LEVELS, plane_widths
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,12 @@ class HalfPyramidCodec:
 
     def prepare(self, matrix: QuantizedMatrix) -> Product | None:
         scales = row_scales(matrix.tensors["scale"], matrix.tensors["rows"])
+        shape = entry_of(matrix.spec).shape
         if scales.device.type not in ops.fused_devices():
             return None
-        return PackedProduct(matrix, planes_of(matrix), scales, entry_of(matrix.spec).shape)
+        if scales.device.type == "cuda" and shape.limit >= MOST_LEVELS:
+            return None  # the kernels have no such shapes
+        return PackedProduct(matrix, planes_of(matrix), scales, shape)
 
     def containers(self, spec: CodecSpec) -> tuple[str, ...]:
         shape = entry_of(spec).shape

@@ -50,7 +50,7 @@ class CudaKernels:
         coset = torch.empty_like(gain)
         if groups == 0:
             return values, gain, coset
-        search = _search(shape)
+        search = _Search(shape)
         first = torch.tensor(first_group(dim, shape.levels, shape.shift, shape.pulses), dtype=torch.int8)
         macros = (
             ("HALF_DIM", dim),
@@ -71,7 +71,7 @@ class CudaKernels:
                 scale.contiguous(),
                 search.tables.to(x.device),
                 first.to(x.device),
-                *(np.float32(v) for v in (search.slope, search.offset, search.least, search.most, search.step, search.start)),
+                *map(np.float32, search.numbers),
                 np.int64(groups),
                 values,
                 gain,
@@ -322,11 +322,6 @@ class _Search:
         self.tables = torch.from_numpy(np.concatenate([gains, np.float32(1) / gains, table.ravel()]))
         anchor = min(4, shape.limit)
         pitch = (levels[anchor] - levels[0]) / np.float32(anchor) if anchor else np.float32(1)
-        self.slope, self.offset = np.float32(1) / pitch, levels[0] / pitch
-        self.least, self.most = level_sums(shape.dim, shape.levels, shape.pulses)
-        self.step, self.start = pitch, levels[0]
+        least, most = level_sums(shape.dim, shape.levels, shape.pulses)
+        self.numbers = (np.float32(1) / pitch, levels[0] / pitch, least, most, pitch, levels[0])
         self.uniform = len(set(np.diff(levels).tolist())) < 2
-
-
-def _search(shape: HalfShape) -> _Search:
-    return _Search(shape)

@@ -263,10 +263,7 @@ def attach_prepared(key: str, kernels: PreparedBackend) -> None:
 
     def prepared_linear(x: Tensor, rows: Tensor, scales: Tensor, *numbers: Any) -> Tensor:
         *rest, activations = numbers
-        shape = _shape_of(*rest)
-        _check_linear(x, activations)
-        prepared.check_prepared(rows, scales, x.shape[1], shape)
-        return kernels.prepared_linear(x, rows, scales, shape, activations)
+        return kernels.prepared_linear(x, rows, scales, _shape_of(*rest), activations)
 
     torch.library.impl("compress::half_pyramid_prepare", key, prepare)
     torch.library.impl("compress::half_pyramid_prepared_linear", key, prepared_linear)
@@ -349,6 +346,8 @@ class Processor:
         return half_pyramid_prepare([plane.cpu() for plane in planes], rows, columns, shape, width).to(device)
 
     def prepared_linear(self, x: Tensor, rows: Tensor, scales: Tensor, shape: HalfShape, activations: str) -> Tensor:
+        _check_linear(x, activations)
+        prepared.check_prepared(rows, scales, x.shape[1], shape)
         weight = prepared.decode(rows.cpu(), scales.cpu(), x.shape[1], shape)
         return reference.product(x, weight.to(x.device), activations)
 
