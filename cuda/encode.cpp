@@ -27,8 +27,8 @@ struct SearchTables {
   std::vector<float> inverse;
   float level[kLevels] = {}, rise[kLevels] = {}, cost[kLevels] = {};
 
-  SearchTables(const float* gains, int gain_count, const int8_t* levels, int level_count, int dim, int shift, int pulses,
-               int least, int most)
+  SearchTables(const float* gains, int gain_count, const int8_t* levels, int level_count, int dim, int shift,
+               int pulses, int least, int most)
       : inverse(gain_count) {
     for (int j = 0; j < gain_count; ++j) inverse[j] = 1.0f / gains[j];
     const int limit = level_count - 1, anchor = limit < 4 ? limit : 4;
@@ -78,7 +78,8 @@ void first_group(const int8_t* levels, int limit, int dim, int pulses, int shift
 // not uniform must be at most 16; sum t[m_i] is in [least, most]. A scale of 0 gives the codebook's first group.
 COMPRESS_API int64_t compress_encode(const float* x, const float* scale, const float* gains, const int8_t* levels,
                                      int64_t groups, int dim, int gain_count, int level_count, int shift, int pulses,
-                                     int least, int most, int8_t* values, int64_t* gain, int64_t* coset, int instructions, int threads) {
+                                     int least, int most, int8_t* values, int64_t* gain, int64_t* coset,
+                                     int instructions, int threads) {
   using namespace compress;
   const SearchTables tables(gains, gain_count, levels, level_count, dim, shift, pulses, least, most);
   const EncodeGroups encode = encode_groups_of(instructions);

@@ -5,19 +5,20 @@
 //
 //     min sum_i (q_i - t[m_i])^2   over   0 <= m_i <= limit,  sum m_i = K
 //
-// for ascending levels t whose steps do not grow and whose squares' steps do not shrink: then the gain of one more pulse
+// for ascending levels t whose steps do not grow and whose squares' steps do not shrink: then the gain of one more
+// pulse
 //
 //     up(m) = c1[m] q - c0[m],     c1[m] = 2 (t[m+1] - t[m]),     c0[m] = t[m+1]^2 - t[m]^2
 //
-// falls with m for every q >= 0. So the problem is separable and convex, and m is optimal when its sum is K and no pulse
-// gains by moving from one coordinate to another. From a guess whose sum is about right, single best steps repair the sum
-// and then move pulses while that helps, a few steps in all. They end: the order of floats a and -b is that of the real
-// numbers, so every move raises the same sum of terms. The best candidate is the joint optimum of gain, coset and shape.
-// Each lane begins with the gain that its L1 norm asks for and goes outwards from it; a candidate is passed over where
-// it cannot win, for sum (q - t)^2 >= (sum q - sum t)^2 / D and sum t is all but fixed.
+// falls with m for every q >= 0. So the problem is separable and convex, and m is optimal when its sum is K and no
+// pulse gains by moving from one coordinate to another. From a guess whose sum is about right, single best steps repair
+// the sum and then move pulses while that helps, a few steps in all. They end: the order of floats a and -b is that of
+// the real numbers, so every move raises the same sum of terms. The best candidate is the joint optimum of gain, coset
+// and shape. Each lane begins with the gain that its L1 norm asks for and goes outwards from it; a candidate is passed
+// over where it cannot win, for sum (q - t)^2 >= (sum q - sum t)^2 / D and sum t is all but fixed.
 //
-// The definition, with the order of every float operation, is compress/ops/search.py; this file gives the same bits. So:
-// no fused multiply-add (compile with -ffp-contract=off, nvcc -fmad=false), and sums run over i = 0, 1, ... D-1.
+// The definition, with the order of every float operation, is compress/ops/search.py; this file gives the same bits.
+// So: no fused multiply-add (compile with -ffp-contract=off, nvcc -fmad=false), and sums run over i = 0, 1, ... D-1.
 #pragma once
 
 #include <cmath>
@@ -169,7 +170,8 @@ COMPRESS_HD void move_pulses(const Search& s, const Levels& levels, const typena
 }
 
 // Exact joint encode of the groups in the lanes of x [D]: values [D] are s_i t[m_i] + e d, as floats; gain and coset
-// (1: e = -1) belong to them. scale >= 0; where it is 0 the group becomes the codebook's first, which is for the caller.
+// (1: e = -1) belong to them. scale >= 0; where it is 0 the group becomes the codebook's first, which is for the
+// caller.
 template <class L, int D, class Levels>
 COMPRESS_HD void encode_lanes(const Search& s, const Levels& levels, const typename L::F* x, typename L::F scale,
                               typename L::F* values, typename L::F& gain, typename L::F& coset) {

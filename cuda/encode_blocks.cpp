@@ -38,8 +38,8 @@ void encode_block(const Search& search, const Levels& levels, const float* x, co
 }
 
 template <int D, class Levels>
-void encode_all(const Search& search, const float* x, const float* scale, int64_t groups, int8_t* values,
-                int64_t* gain, int64_t* coset) {
+void encode_all(const Search& search, const float* x, const float* scale, int64_t groups, int8_t* values, int64_t* gain,
+                int64_t* coset) {
   const Levels levels(search);
   const int64_t dim = search.dim;
   for (int64_t g = 0; g < groups; g += Lanes::kCount) {

@@ -2,7 +2,8 @@
 //
 // Vectors are in lexicographic order, the values of one coordinate in the order 0, +1, -1, +2, -2, ... So a scan over
 // the coordinates that adds the sizes of all blocks passed over gives the index, and one that subtracts them finds the
-// vector: D + K sums or comparisons. With d coordinates and k pulses after the present one, a block has N(d, k) vectors.
+// vector: D + K sums or comparisons. With d coordinates and k pulses after the present one, a block has N(d, k)
+// vectors.
 //
 // Numbers are W 64-bit words, least significant first. W is a constant of the code (1, 2, 3, ...) or 0 for a count that
 // is known at run time; a table holds N(d, k) at ((d * (pulses + 1) + k) * words). The tables are those of
@@ -71,8 +72,8 @@ COMPRESS_HD bool fischer_rank(const int8_t* y, const uint64_t* table, int words,
 
 // Writes the vector of an index; the inverse of fischer_rank. False when the index is not below N(dim, pulses).
 template <int W>
-COMPRESS_HD bool fischer_unrank(const uint64_t* index, const uint64_t* table, int words, int dim, int pulses,
-                                int limit, int8_t* y) {
+COMPRESS_HD bool fischer_unrank(const uint64_t* index, const uint64_t* table, int words, int dim, int pulses, int limit,
+                                int8_t* y) {
   const int count = W > 0 ? W : words;
   uint64_t rest[W > 0 ? W : kMostWords];
   for (int w = 0; w < count; ++w) rest[w] = index[w];

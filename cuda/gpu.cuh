@@ -88,7 +88,8 @@ __device__ __forceinline__ float warp_largest(float value) {
   return value;
 }
 
-// The block copies `count` vectors of 16 bytes to shared memory, past the registers; `finish_copies` and a barrier end it.
+// The block copies `count` vectors of 16 bytes to shared memory, past the registers; `finish_copies` and a barrier end
+// it.
 __device__ __forceinline__ void start_copy(uint4* to, const uint4* from, int count) {
   for (int i = threadIdx.x; i < count; i += blockDim.x) {
     const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(to + i));
@@ -98,21 +99,24 @@ __device__ __forceinline__ void start_copy(uint4* to, const uint4* from, int cou
 __device__ __forceinline__ void finish_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // c [16, 8] += a [16, 16] b [16, 8]. Lane (g, t) = (lane / 4, lane % 4) holds of a: rows g and g + 8 at columns 2t and
-// 2t + 1, then both at 2t + 8 and 2t + 9; of b: rows 2t, 2t + 1 and 2t + 8, 2t + 9 of column g; of c: columns 2t, 2t + 1
-// of row g, then of row g + 8.
+// 2t + 1, then both at 2t + 8 and 2t + 9; of b: rows 2t, 2t + 1 and 2t + 8, 2t + 9 of column g; of c: columns 2t, 2t +
+// 1 of row g, then of row g + 8.
 template <class T>
 __device__ __forceinline__ void multiply_add(const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float (&c)[4]);
 
 template <>
 __device__ __forceinline__ void multiply_add<Float16>(const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float (&c)[4]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 template <>
-__device__ __forceinline__ void multiply_add<BFloat16>(const uint32_t (&a)[4], uint32_t b0, uint32_t b1, float (&c)[4]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+__device__ __forceinline__ void multiply_add<BFloat16>(const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                                       float (&c)[4]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }

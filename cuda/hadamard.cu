@@ -1,9 +1,9 @@
 // Every row of x [rows, HADAMARD_COLUMNS] times H / sqrt(n), n = 2^k up to 32768, in HALF_TYPE, in place or not.
 //
 // Element i = (e W + w) 32 + lane of a row lies in register e of thread (w, lane). The bits of e are done in registers.
-// With one warp a row those of the lane follow by shuffles; with more, the row goes through shared memory, where a thread
-// takes the 32 elements of some (e, w), and then the W elements of some (e, lane). Runs of 32 are padded by one, so that
-// no access finds two lanes in one bank.
+// With one warp a row those of the lane follow by shuffles; with more, the row goes through shared memory, where a
+// thread takes the 32 elements of some (e, w), and then the W elements of some (e, lane). Runs of 32 are padded by one,
+// so that no access finds two lanes in one bank.
 #include "gpu.cuh"
 
 #if !defined(HADAMARD_COLUMNS)

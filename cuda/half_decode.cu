@@ -22,7 +22,8 @@ __device__ __forceinline__ void write_octet(const float (&w)[8], bool whole, int
   if (whole) {
     constexpr int vectors = sizeof(bits) / sizeof(uint4);
 #pragma unroll
-    for (int k = 0; k < vectors; ++k) __stcs(reinterpret_cast<uint4*>(out) + k, reinterpret_cast<const uint4*>(bits)[k]);
+    for (int k = 0; k < vectors; ++k)
+      __stcs(reinterpret_cast<uint4*>(out) + k, reinterpret_cast<const uint4*>(bits)[k]);
   } else {
 #pragma unroll
     for (int j = 0; j < 8; ++j)
@@ -33,7 +34,8 @@ __device__ __forceinline__ void write_octet(const float (&w)[8], bool whole, int
 }  // namespace compress
 
 extern "C" __global__ void __launch_bounds__(512)
-    half_decode(HALF_ARGUMENTS, const float* row_scales, compress::Out::Bits* out, int64_t groups, int groups_of_row, int columns) {
+    half_decode(HALF_ARGUMENTS, const float* row_scales, compress::Out::Bits* out, int64_t groups, int groups_of_row,
+                int columns) {
   using namespace compress;
   extern __shared__ uint4 memory[];
   HALF_SOURCE(memory);
@@ -42,7 +44,8 @@ extern "C" __global__ void __launch_bounds__(512)
   __syncthreads();
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t group = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; group < groups; group += step) {
-    const int64_t row = groups >> 31 ? group / groups_of_row : static_cast<uint32_t>(group) / static_cast<uint32_t>(groups_of_row);
+    const int64_t row =
+        groups >> 31 ? group / groups_of_row : static_cast<uint32_t>(group) / static_cast<uint32_t>(groups_of_row);
     const int place = static_cast<int>(group - row * groups_of_row) * kDim;
     uint32_t octet[kOctets], selectors[kOctets];
     const Digit digit = source.digits[source.decode_group(group, octet, selectors)];

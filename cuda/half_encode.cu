@@ -27,7 +27,8 @@ using Levels = TableLevels<OneLane, kEntries>;
 // tables: gains, their inverses, and 16 each of levels, c1 and c0. first: the group that a scale of 0 gives.
 extern "C" __global__ void __launch_bounds__(compress::kThreads)
     half_encode(const float* x, const float* scale, const float* tables, const int8_t* first, float slope, float offset,
-                float least, float most, float step, float start, int64_t groups, int8_t* values, int64_t* gain, int64_t* coset) {
+                float least, float most, float step, float start, int64_t groups, int8_t* values, int64_t* gain,
+                int64_t* coset) {
   using namespace compress;
   constexpr int count = 2 * HALF_GAINS + 3 * kLevels;
   __shared__ float shared[count];
@@ -36,9 +37,22 @@ extern "C" __global__ void __launch_bounds__(compress::kThreads)
   const int64_t g = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (g >= groups) return;
   const float* levels = shared + 2 * HALF_GAINS;
-  const Search search = {HALF_DIM, HALF_PULSES,   HALF_LIMIT, HALF_GAINS, static_cast<float>(HALF_SHIFT),
-                         slope,    offset,        least,      most,       shared,  shared + HALF_GAINS,
-                         HALF_UNIFORM == 0,       step,       start,      levels,  levels + kLevels,
+  const Search search = {HALF_DIM,
+                         HALF_PULSES,
+                         HALF_LIMIT,
+                         HALF_GAINS,
+                         static_cast<float>(HALF_SHIFT),
+                         slope,
+                         offset,
+                         least,
+                         most,
+                         shared,
+                         shared + HALF_GAINS,
+                         HALF_UNIFORM == 0,
+                         step,
+                         start,
+                         levels,
+                         levels + kLevels,
                          levels + 2 * kLevels};
   float group[HALF_DIM], found[HALF_DIM], best_gain, best_coset;
 #pragma unroll

@@ -1,8 +1,8 @@
 // y [R, rows] = x W^T for many rows of 16-bit activations (HALF_TYPE 1 float16, 2 bfloat16), from packed weights.
 //
-// A block computes tiles of 128 rows of W by 128 rows of x. It decodes 128 x 64 weights at a time, as gain times v in the
-// type of x, into one of two buffers in shared memory while tensor cores work on the other; W is never in memory as a
-// whole. The rows' scales are applied to the float32 sums. Rows of a buffer are padded by 16 bytes, so that the eight
+// A block computes tiles of 128 rows of W by 128 rows of x. It decodes 128 x 64 weights at a time, as gain times v in
+// the type of x, into one of two buffers in shared memory while tensor cores work on the other; W is never in memory as
+// a whole. The rows' scales are applied to the float32 sums. Rows of a buffer are padded by 16 bytes, so that the eight
 // rows that a warp reads at once lie in different banks.
 #include "half_source.cuh"
 
@@ -42,13 +42,14 @@ __device__ __forceinline__ void fill_weights(const Source& source, int row, int 
     for (int h = 0; h < kOctets; ++h) {
       const OctetBytes bytes = octet_bytes<false>(source.lookups, octets[h], selectors[h], digit.shifts);
       const float gain = __uint_as_float(digit.gain);
-      out[i * kOctets + h] = {pair_of(bytes, 0, gain), pair_of(bytes, 2, gain), pair_of(bytes, 4, gain), pair_of(bytes, 6, gain)};
+      out[i * kOctets + h] = {pair_of(bytes, 0, gain), pair_of(bytes, 2, gain), pair_of(bytes, 4, gain),
+                              pair_of(bytes, 6, gain)};
     }
   }
 }
 
-__device__ __forceinline__ void fill(const Source& source, int base, int rows, int groups_of_row, const uint4* x, int first,
-                                     int inputs, int vectors_of_x, int chunk, Buffer& buffer) {
+__device__ __forceinline__ void fill(const Source& source, int base, int rows, int groups_of_row, const uint4* x,
+                                     int first, int inputs, int vectors_of_x, int chunk, Buffer& buffer) {
   const int own = threadIdx.x / kThreadsOfRow, octet = threadIdx.x % kThreadsOfRow * kOctetsOfThread;
   uint4 in[kOctetsOfThread];
 #pragma unroll
@@ -87,8 +88,8 @@ __device__ __forceinline__ void multiply(const Buffer& buffer, int row, int colu
 
 // vectors_of_x: x has 8 vectors_of_x columns. factor: what the gains were divided by.
 extern "C" __global__ void __launch_bounds__(compress::kThreads, 1)
-    half_gemm(HALF_ARGUMENTS, const float* row_scales, const uint4* x, compress::T::Bits* y, int rows, int groups_of_row,
-              int inputs, int vectors_of_x, float factor) {
+    half_gemm(HALF_ARGUMENTS, const float* row_scales, const uint4* x, compress::T::Bits* y, int rows,
+              int groups_of_row, int inputs, int vectors_of_x, float factor) {
   using namespace compress;
   extern __shared__ uint4 memory[];
   HALF_SOURCE(memory);

@@ -1,11 +1,12 @@
 // y [R, rows] = x W^T for up to eight rows of 16-bit activations, from packed weights, on tensor cores.
 //
-// The activations are float16, scaled by a power of two so that a bfloat16 fits (half_inputs.cu), the weights g v rounded
-// to float16; sums are float32. Up to eight levels are looked up as float16, low and high bytes apart, and become g v in
-// one fused multiply-add with g and g e d; more of them go through bytes 128 + v, exactly, and a product. One multiply-add
-// of 16 x 16 by 16 x 8 serves any R at the same cost, since decoding is what takes the time. The 16 columns that it
-// sums over are four of each of the four lanes of a quad, in whatever order; so a lane decodes whole groups of row g and
-// of row g + 8 and hands over its own weights. A block takes 16 rows of W, its warps share the columns.
+// The activations are float16, scaled by a power of two so that a bfloat16 fits (half_inputs.cu), the weights g v
+// rounded to float16; sums are float32. Up to eight levels are looked up as float16, low and high bytes apart, and
+// become g v in one fused multiply-add with g and g e d; more of them go through bytes 128 + v, exactly, and a product.
+// One multiply-add of 16 x 16 by 16 x 8 serves any R at the same cost, since decoding is what takes the time. The 16
+// columns that it sums over are four of each of the four lanes of a quad, in whatever order; so a lane decodes whole
+// groups of row g and of row g + 8 and hands over its own weights. A block takes 16 rows of W, its warps share the
+// columns.
 #include "half_shape.cuh"
 
 #define HALF_PAIRS (HALF_LIMIT <= 7)

@@ -1,9 +1,9 @@
 // y [R, rows] = x W^T for HALF_ROWS rows of int8 activations, from packed weights.
 //
-// A row of W belongs to `parts` warps of a block; a lane takes a unit of 64 weights, a warp a tile of 32 units. The next
-// tile's bits are on their way while one is decoded. Blocks stay, so that the tables are copied once each; the first
-// tile is read before the copy ends. A group's products are summed exactly in an integer that begins as the bits of
-// 1.5 2^23, so that it is its own conversion to a float, then times the gain in float32.
+// A row of W belongs to `parts` warps of a block; a lane takes a unit of 64 weights, a warp a tile of 32 units. The
+// next tile's bits are on their way while one is decoded. Blocks stay, so that the tables are copied once each; the
+// first tile is read before the copy ends. A group's products are summed exactly in an integer that begins as the bits
+// of 1.5 2^23, so that it is its own conversion to a float, then times the gain in float32.
 #include "half_source.cuh"
 
 #if !defined(HALF_ROWS)

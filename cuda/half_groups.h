@@ -12,8 +12,13 @@ namespace compress {
 const HalfLoops& half_loops_of(int instructions);
 
 inline HalfTables tables_of(const HalfCode& code) {
-  return {code.pulses, code.limit, code.stride, code.words, static_cast<const uint16_t*>(code.quads),
-          code.quad_starts, static_cast<const uint32_t*>(code.quads)};
+  return {code.pulses,
+          code.limit,
+          code.stride,
+          code.words,
+          static_cast<const uint16_t*>(code.quads),
+          code.quad_starts,
+          static_cast<const uint32_t*>(code.quads)};
 }
 
 // `work` of D and of whether the pyramid is deep, both known when it is compiled.

@@ -1,10 +1,11 @@
-// Activations x [R, columns] in HALF_TYPE for the products with packed weights: rounded, and in the order they are read.
+// Activations x [R, columns] in HALF_TYPE for the products with packed weights: rounded, and in the order they are
+// read.
 //
 // half_inputs_int8: rows of bytes round(x / step), step = max|x| / 127, half to even; [R][tile][4][32 lanes] vectors of
 // two octets, a lane's unit having eight. half_inputs: float16 times a power of two that brings max|x| to
 // [2^14, 2^15), exact but for numbers 2^-28 times as large; [span][8 octets][R][4 lanes of a quad]. Octets are in the
-// order 0 4 1 5 2 6 3 7; beyond the columns there are zeros. `steps` receives what the sums are to be multiplied by, NaN
-// for a row that is not finite.
+// order 0 4 1 5 2 6 3 7; beyond the columns there are zeros. `steps` receives what the sums are to be multiplied by,
+// NaN for a row that is not finite.
 #include "gpu.cuh"
 
 #if !defined(HALF_TYPE)
@@ -58,7 +59,8 @@ extern "C" __global__ void __launch_bounds__(256)
       words[k / 4] |= (static_cast<uint32_t>(whole) & 255u) << (8 * (k % 4));
     }
     const int unit = p / kUnit, j = p % kUnit, tile = unit / kWarp, lane = unit % kWarp;
-    const int64_t vector = (static_cast<int64_t>(r) * (octets / (kUnit * kWarp)) + tile) * (kUnit / 2 * kWarp) + j / 2 * kWarp + lane;
+    const int64_t vector =
+        (static_cast<int64_t>(r) * (octets / (kUnit * kWarp)) + tile) * (kUnit / 2 * kWarp) + j / 2 * kWarp + lane;
     out[2 * vector + j % 2] = {words[0], words[1]};
   }
 }

@@ -1,4 +1,5 @@
-// How a GPU thread decodes the half-integer pyramid: eight weights of a group at a time, an octet, as two words of bytes.
+// How a GPU thread decodes the half-integer pyramid: eight weights of a group at a time, an octet, as two words of
+// bytes.
 //
 // The shape is known when a kernel is compiled (compress/ops/cuda/half_pyramid.py defines the macros), so that the
 // division by the gains is a multiplication and the levels are immediate operands. The weights of an octet come in the
@@ -29,7 +30,7 @@ struct Planes {
 // registers before every permutation.
 struct Lookups {
   uint32_t levels[4];
-  uint32_t odd;  // 0xff00ff00
+  uint32_t odd;                            // 0xff00ff00
   uint32_t low_halves[2], high_halves[2];  // bytes of the first eight levels as float16
 };
 
@@ -43,7 +44,8 @@ COMPRESS_HD uint32_t levels_of(const Lookups& from, uint32_t nibbles) {
 #endif
 }
 
-// Four bytes s t + e d + bias, where no sum leaves its byte: with a bias of 128, or where no s t + e d changes its sign.
+// Four bytes s t + e d + bias, where no sum leaves its byte: with a bias of 128, or where no s t + e d changes its
+// sign.
 COMPRESS_HD uint32_t shifted_bytes(uint32_t levels, uint32_t mask, uint32_t shifts, uint32_t bias) {
   return (levels ^ mask ^ bias) + (mask & kBytes) + shifts;
 }
@@ -52,15 +54,13 @@ struct OctetBytes {
   uint32_t low, high;  // weights 0 4 1 5 and 2 6 3 7
 };
 
-// What a digit = gain * cosets + coset stands for: the gain (a float or a pair of float16), and four bytes e d or a pair
-// of gain e d.
+// What a digit = gain * cosets + coset stands for: the gain (a float or a pair of float16), and four bytes e d or a
+// pair of gain e d.
 struct Digit {
   uint32_t gain, shifts;
 };
 
-COMPRESS_HD uint32_t shifts_of(uint32_t digit) {
-  return kCosets == 2 && digit % 2 == 1 ? 0u - kShifts : kShifts;
-}
+COMPRESS_HD uint32_t shifts_of(uint32_t digit) { return kCosets == 2 && digit % 2 == 1 ? 0u - kShifts : kShifts; }
 
 // The masks of an octet's signs; selector: s | (s >> 1) << 8 of the byte s of signs.
 COMPRESS_HD OctetBytes sign_masks(const Lookups& from, uint32_t selector) {
@@ -91,7 +91,13 @@ COMPRESS_HD uint64_t plane_part(const uint8_t* plane, int64_t group) {
 template <int kLeft, int kPlace, int kPlane>
 COMPRESS_HD void add_planes(const Planes& planes, int64_t group, Rank<kDim>& rest) {
   if constexpr (kLeft > 0) {
-    constexpr int bits = kLeft >= 64 ? 64 : kLeft >= 32 ? 32 : kLeft >= 16 ? 16 : kLeft >= 8 ? 8 : kLeft >= 4 ? 4 : kLeft >= 2 ? 2 : 1;
+    constexpr int bits = kLeft >= 64   ? 64
+                         : kLeft >= 32 ? 32
+                         : kLeft >= 16 ? 16
+                         : kLeft >= 8  ? 8
+                         : kLeft >= 4  ? 4
+                         : kLeft >= 2  ? 2
+                                       : 1;
     add_bits(rest, plane_part<bits>(planes.rest[kPlane], group), kPlace);
     add_planes<kLeft - bits, kPlace + bits, kPlane + 1>(planes, group, rest);
   }
@@ -106,7 +112,7 @@ COMPRESS_HD Rank<kDim> rest_of(const Planes& planes, int64_t group) {
 #if HALF_DIM == 32
 constexpr Wide kCodes = {HALF_CODES_LOW, HALF_CODES_HIGH};
 #else
-constexpr Rank<kDim> kCodes = static_cast<Rank<kDim>>(HALF_CODES_LOW);
+constexpr Rank<kDim> kCodes = static_cast<Rank<kDim> >(HALF_CODES_LOW);
 #endif
 
 // Where compositions come from: a table of all of them, or tables of their halves.
@@ -150,7 +156,8 @@ COMPRESS_HD constexpr int unit_word(int bits) { return (kRest & ~(2 * bits - 1))
 COMPRESS_HD uint32_t unit_rest(const UnitBits& unit, int j) {
   uint32_t rest = 0;
   if constexpr ((kRest & 32) != 0) rest = unit.words[j];
-  if constexpr ((kRest & 16) != 0) rest |= (unit.words[unit_word(16) + j / 2] >> (16 * (j & 1)) & 0xffffu) << (kRest & 32 & 31);
+  if constexpr ((kRest & 16) != 0)
+    rest |= (unit.words[unit_word(16) + j / 2] >> (16 * (j & 1)) & 0xffffu) << (kRest & 32 & 31);
   if constexpr ((kRest & 8) != 0) rest |= (unit.words[unit_word(8) + j / 4] >> (8 * (j & 3)) & 255u) << (kRest & 16);
   if constexpr ((kRest & 4) != 0) rest |= (unit.words[unit_word(4)] >> (4 * j) & 15u) << (kRest & 24);
   const uint32_t narrow = unit.words[UnitBits::kWords - 1];
@@ -165,9 +172,12 @@ COMPRESS_HD UnitBits read_unit(const Planes& planes, uint32_t place) {
   int plane = 0;
   stream_words<2>(planes.signs + uint64_t{place} * 8, unit.signs);
   if constexpr ((kRest & 32) != 0) stream_words<8>(planes.rest[plane++] + uint64_t{place} * 32, unit.words);
-  if constexpr ((kRest & 16) != 0) stream_words<4>(planes.rest[plane++] + uint64_t{place} * 16, unit.words + unit_word(16));
-  if constexpr ((kRest & 8) != 0) stream_words<2>(planes.rest[plane++] + uint64_t{place} * 8, unit.words + unit_word(8));
-  if constexpr ((kRest & 4) != 0) stream_words<1>(planes.rest[plane++] + uint64_t{place} * 4, unit.words + unit_word(4));
+  if constexpr ((kRest & 16) != 0)
+    stream_words<4>(planes.rest[plane++] + uint64_t{place} * 16, unit.words + unit_word(16));
+  if constexpr ((kRest & 8) != 0)
+    stream_words<2>(planes.rest[plane++] + uint64_t{place} * 8, unit.words + unit_word(8));
+  if constexpr ((kRest & 4) != 0)
+    stream_words<1>(planes.rest[plane++] + uint64_t{place} * 4, unit.words + unit_word(4));
   uint32_t narrow = 0;
   if constexpr ((kRest & 2) != 0) narrow = reinterpret_cast<const uint16_t*>(planes.rest[plane++])[place];
   if constexpr ((kRest & 1) != 0) narrow |= static_cast<uint32_t>(planes.rest[plane][place]) << 16;

@@ -1,5 +1,6 @@
 // The loops in AVX2: included by half_prepared_blocks.cpp. A unit of eight octets comes as two registers of indices,
-// the low and the high halves of the octets, four bytes each; so a dot product of bytes leaves one integer for each octet.
+// the low and the high halves of the octets, four bytes each; so a dot product of bytes leaves one integer for each
+// octet.
 //
 // Floats need no conversion of integers: a level below 128 is a bfloat16, whose two bytes two shuffles look up. Bytes
 // are interleaved to words, and a word in the upper half of a lane is the float. That orders octets as 0 0 1 1 4 4 5 5

@@ -171,8 +171,8 @@ using PartRank = Rank<(kDeep && !kTop && D > 4) ? 2 * D : D>;
 struct HalfTables {
   int pulses, limit, stride;
   const uint64_t* words;
-  const uint16_t* quads;        // all compositions into four parts, a nibble each, by sum and rank
-  const uint32_t* quad_starts;  // where those of a sum begin: k = 0..K+1
+  const uint16_t* quads;                 // all compositions into four parts, a nibble each, by sum and rank
+  const uint32_t* quad_starts;           // where those of a sum begin: k = 0..K+1
   const uint32_t* deep_quads = nullptr;  // instead of quads: the nibbles, and the fifth bits from bit 16 on
 
   COMPRESS_HD int block() const { return (pulses + 1) * (stride + 1); }
@@ -183,7 +183,10 @@ struct HalfTables {
 };
 
 template <int D>
-constexpr int kPlace = D == 4 ? 0 : D == 8 ? 1 : D == 16 ? 2 : 3;
+constexpr int kPlace = D == 4    ? 0
+                       : D == 8  ? 1
+                       : D == 16 ? 2
+                                 : 3;
 
 COMPRESS_HD void first_rank(const uint64_t* row, int, int at, uint32_t& rank) { rank = static_cast<uint32_t>(row[at]); }
 COMPRESS_HD void first_rank(const uint64_t* row, int, int at, uint64_t& rank) { rank = row[at]; }

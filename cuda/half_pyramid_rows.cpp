@@ -41,9 +41,8 @@ bool unrank_tile(const HalfCode& code, const uint8_t* const* planes, int64_t fir
 }
 
 bool unrank_tile(const HalfCode& code, const uint8_t* const* planes, int64_t first, int count, HalfTile& tile) {
-  return for_shape(code, [&](auto dim, auto deep) {
-    return unrank_tile<dim(), deep()>(code, planes, first, count, tile);
-  });
+  return for_shape(code,
+                   [&](auto dim, auto deep) { return unrank_tile<dim(), deep()>(code, planes, first, count, tile); });
 }
 
 // A matrix of packed rows. planes[0] are the signs.
@@ -220,7 +219,6 @@ COMPRESS_API int64_t compress_half_decode(const HalfCode* code, const uint8_t* c
   const compress::HalfMatrix matrix{*code, planes, columns, compress::half_loops_of(instructions)};
   int64_t refused = 0;
 #pragma omp parallel for schedule(static) reduction(+ : refused) num_threads(threads)
-  for (int64_t r = 0; r < rows; ++r)
-    refused += !matrix.decode(first + r, row_scales[first + r], out + r * columns);
+  for (int64_t r = 0; r < rows; ++r) refused += !matrix.decode(first + r, row_scales[first + r], out + r * columns);
   return refused;
 }

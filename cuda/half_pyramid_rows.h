@@ -22,7 +22,7 @@ struct HalfCode {
 constexpr int kMostNibble = 15;  // a pyramid whose limit is above it is deep: the fifth bits of its m lie in tops
 
 constexpr int kTileOctets = 512;  // a multiple of kLane
-constexpr int kLane = 8;  // tiles are filled up to a multiple of it with octets of gain 0
+constexpr int kLane = 8;          // tiles are filled up to a multiple of it with octets of gain 0
 
 // Some thousand weights of one row, eight of them an octet.
 struct HalfTile {
@@ -30,7 +30,7 @@ struct HalfTile {
   alignas(64) uint32_t octets[kTileOctets];
   alignas(64) float gains[kTileOctets];
   alignas(64) float shifts[kTileOctets];  // +d or -d
-  const uint8_t* signs;  // in the plane, or a copy of them, filled up
+  const uint8_t* signs;                   // in the plane, or a copy of them, filled up
   alignas(64) uint8_t last_signs[kTileOctets];
   alignas(64) uint8_t tops[kTileOctets];  // of a deep pyramid
 };

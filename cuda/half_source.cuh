@@ -12,14 +12,15 @@
 #endif
 
 // The arguments that all kernels begin with, and how they become a Source.
-#define HALF_ARGUMENTS                                                                                          \
-  const uint8_t *signs, const uint8_t *q0, const uint8_t *q1, const uint8_t *q2, const uint8_t *q3,             \
-      const uint8_t *q4, const uint8_t *q5, const uint8_t *q6, const uint32_t *octets, const uint64_t *words,   \
-      const uint16_t *quads, const uint32_t *quad_starts, const uint32_t *lookups, const uint32_t *gains
-#define HALF_SOURCE(memory)                                                                  \
-  compress::Source source{{signs, {q0, q1, q2, q3, q4, q5, q6}},                             \
+#define HALF_ARGUMENTS                                                                                                 \
+  const uint8_t *signs, const uint8_t *q0, const uint8_t *q1, const uint8_t *q2, const uint8_t *q3, const uint8_t *q4, \
+      const uint8_t *q5, const uint8_t *q6, const uint32_t *octets, const uint64_t *words, const uint16_t *quads,      \
+      const uint32_t *quad_starts, const uint32_t *lookups, const uint32_t *gains
+#define HALF_SOURCE(memory)                                                                            \
+  compress::Source source{{signs, {q0, q1, q2, q3, q4, q5, q6}},                                       \
                           {octets, {HALF_PULSES, HALF_LIMIT, HALF_STRIDE, words, quads, quad_starts}}, \
-                          {}, nullptr};                                                          \
+                          {},                                                                          \
+                          nullptr};                                                                    \
   uint4* const free_memory = source.fill(memory, lookups, gains)
 
 namespace compress {

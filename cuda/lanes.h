@@ -1,5 +1,5 @@
-// Lanes for the processor: vectors of the compiler, so that one source serves SSE, AVX2, AVX-512 and ARM. How many there
-// are in a vector is what the instruction set has; the results do not depend on it.
+// Lanes for the processor: vectors of the compiler, so that one source serves SSE, AVX2, AVX-512 and ARM. How many
+// there are in a vector is what the instruction set has; the results do not depend on it.
 #pragma once
 
 #include "encode.cuh"
