@@ -90,3 +90,85 @@ def test_the_worked_example() -> None:
     y = [int(v) for v in re.findall(r"y = ([-\d ]+)\n", text)[0].split()]
     assert matrix.integers()[0].tolist() == [y]
     assert decode(description, 1, 16, payload) == matrix.dequantize().tolist()
+
+
+@lru_cache(maxsize=100_000)
+def compositions(d: int, k: int, most: int) -> int:
+    if d == 1:
+        return int(k <= most)
+    half = d // 2
+    return sum(compositions(half, j, most) * compositions(half, k - j, most) for j in range(k + 1))
+
+
+def composition(rank: int, d: int, k: int, most: int) -> list[int]:
+    if d == 1:
+        return [k]
+    half, first = d // 2, 0
+    while (words := compositions(half, first, most) * compositions(half, k - first, most)) <= rank:
+        rank -= words
+        first += 1
+    left, right = divmod(rank, compositions(half, k - first, most))
+    return composition(left, half, first, most) + composition(right, half, k - first, most)
+
+
+def decode_half(description: dict[str, object], rows: int, columns: int, payload: bytes) -> list[list[float]]:
+    dim, width, options = int(description["dim"]), int(description["width"]), description["options"]
+    tables = json.loads((ROOT / "compress/codecs/half_pyramid/tables.json").read_text())["tables"]
+    key = (options["table"], dim, options["coset"], options["levels"])
+    chosen = [t for t in tables if (t["version"], t["dim"], t["coset"], t["levels"]) == key]
+    line = chosen[0]["widths"][str(width)]
+    levels, gains, most = line["levels"], line["gains"], len(line["levels"]) - 1
+    groups, bits = (columns + dim - 1) // dim, width - dim
+    widths = [64] * (bits // 64) + [int(p) for p in (32, 16, 8, 4, 2, 1) if bits % 64 & int(p)]
+    scale, streams, start = struct.unpack("<f", payload[:4])[0], [], 4 + rows
+    for p in [dim, *widths]:
+        end = start + (rows * groups * p + 7) // 8
+        streams.append(int.from_bytes(payload[start:end], "little"))
+        start = end
+    assert start == len(payload)
+    weight = []
+    for r in range(rows):
+        q = payload[4 + r]
+        row_scale = fl32(scale * fl32(2.0 ** (-(255 - q) / 16))) if q else 0.0
+        row: list[float] = []
+        for g in range(r * groups, (r + 1) * groups):
+            rest, place = 0, 0
+            for stream, p in zip(streams[1:], widths, strict=True):
+                rest |= (stream >> g * p & (1 << p) - 1) << place
+                place += p
+            side = 1
+            if line["shift"]:
+                side, rest = (-1 if rest % 2 else 1), rest // 2
+            container = fl32(row_scale * fl32(gains[rest % len(gains)]))
+            m = composition(rest // len(gains), dim, line["pulses"], most)
+            signs = [-1 if streams[0] >> (g * dim + i) & 1 else 1 for i in range(dim)]
+            values = [sign * levels[k] + side * line["shift"] for sign, k in zip(signs, m, strict=True)]
+            row += [fl32(container * value) for value in values]
+        weight.append(row[:columns])
+    return weight
+
+
+@pytest.mark.parametrize(
+    ("options", "rate"),
+    [({}, 1.5), ({}, 3.25), ({}, 5), ({"dim": 16}, 3.25), ({"dim": 16, "coset": False}, 2.125),
+     ({"dim": 32, "levels": "uniform"}, 3.0), ({"dim": 32}, 5)],
+)  # fmt: skip
+def test_a_decoder_written_from_the_text_reads_half_pyramids(options: dict[str, object], rate: float) -> None:
+    rounder = codec("half_pyramid", **options)
+    weight = torch.randn(5, 45, generator=torch.Generator().manual_seed(int(8 * rate)))
+    weight[3] = 0
+    matrix = rounder.quantize(weight, rounder.spec(rounder.widths(rate)[0]))
+    raw = matrix.payload().view(torch.uint8).numpy().tobytes()
+    assert torch.equal(torch.tensor(decode_half(matrix.spec.to_dict(), 5, 45, raw)), matrix.dequantize())
+
+
+def test_the_worked_example_of_a_half_pyramid() -> None:
+    text = (ROOT / "docs/formats.md").read_text().split("#### A worked example")[1]
+    weight = torch.tensor([[float(v) for v in re.findall(r"\n    ([-\d. ]+)\n", text)[0].split()]])
+    description = json.loads(re.findall(r"`(\{.*\})`", text)[0])
+    payload = bytes.fromhex(re.findall(r"```\n([0-9a-f ]+)\n```", text)[0])
+    matrix = codec("half_pyramid").quantize(weight, CodecSpec.from_dict(description))
+    assert matrix.payload().view(torch.uint8).numpy().tobytes() == payload
+    values = [int(v) for v in re.findall(r"v = .* = ([-\d ]+)\n", text)[0].split()]
+    assert matrix.integers()[0].tolist() == [values]
+    assert decode_half(description, 1, 8, payload) == matrix.dequantize().tolist()

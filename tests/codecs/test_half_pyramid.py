@@ -90,6 +90,15 @@ def test_error_is_independent_of_the_unit(factor: float) -> None:
     assert relative_error(normal(16, 64) * factor, check_round_trip(normal(16, 64) * factor, spec)) < 0.018
 
 
+@pytest.mark.parametrize("name", ["half_pyramid", "pyramid"])
+@pytest.mark.parametrize("columns", [1, 3])
+def test_equal_weights_of_a_short_row_keep_their_pulses(name: str, columns: int) -> None:
+    """What fills up the group must not take them."""
+    rounder, weight = codec(name), torch.full((20, columns), 0.7)
+    matrix = rounder.quantize(weight, rounder.spec(rounder.widths(3.25)[0]))
+    assert relative_error(weight, matrix) < 0.01
+
+
 def test_zero_rows_are_exact() -> None:
     weight = normal(6, 48)
     weight[[0, 3]] = 0

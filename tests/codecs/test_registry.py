@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
-from compress.codecs import CodecSpec, PyramidCodec, codec, codec_names, codec_of, register_codec
+from compress.codecs import CodecSpec, PyramidCodec, QuantizedMatrix, codec, codec_names, codec_of, register_codec
 from compress.errors import ArtifactError, UsageError
 
 
@@ -62,3 +63,32 @@ def test_descriptions_of_no_known_table_are_refused(change: dict[str, object]) -
     spec = CodecSpec.from_dict(codec("pyramid").spec(52).to_dict() | change)
     with pytest.raises(ArtifactError):
         codec_of(spec)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [
+        ("half_pyramid", "dim", 8.0),
+        ("half_pyramid", "coset", 1),
+        ("half_pyramid", "levels", ["a"]),
+        ("pyramid", "max", 7.0),
+    ],
+)
+def test_options_of_another_type_are_refused(name: str, option: str, value: object) -> None:
+    with pytest.raises(UsageError, match=f"'{option}' of the codec '{name}'"):
+        codec(name, **{option: value})
+
+
+def test_a_description_of_an_unknown_codec_is_a_damaged_artifact() -> None:
+    with pytest.raises(ArtifactError, match="no codec 'other'"):
+        codec_of(CodecSpec("other", 26, 8, {}))
+
+
+@pytest.mark.parametrize("name", ["half_pyramid", "pyramid", "pvq"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0], ids=str)
+def test_scales_that_are_none_are_refused(name: str, value: float) -> None:
+    rounder = codec(name)
+    matrix = rounder.quantize(torch.ones(2, 32), rounder.spec(rounder.widths(3.0)[0]))
+    matrix.tensors["scale"].fill_(value)
+    with pytest.raises(ArtifactError, match="'scale'"):
+        QuantizedMatrix.from_payload(matrix.spec, (2, 32), matrix.payload())
