@@ -7,9 +7,12 @@ import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from compress.codecs import Codec
 
 from .guard import Guarded
 from .options import checked, device_option, json_option, shown, trust_option
@@ -93,11 +96,21 @@ def _codecs() -> list[dict[str, Any]]:
                 "name": name,
                 "options": dataclasses.asdict(method.config),
                 "bits_per_weight": [widths[0] / method.dim, widths[-1] / method.dim],
-                "containers": list(method.containers(method.spec(widths[-1]))),
+                "containers": _containers(method),
                 "is": " ".join(f"{summary} {method.config_type.__doc__}".split()),
             }
         )
     return listed
+
+
+def _containers(method: Codec) -> dict[str, list[float]]:
+    """The stock containers that carry a codec exactly, each with its least and most bits a weight."""
+    found: dict[str, list[float]] = {}
+    for width in method.widths():
+        for name in method.containers(method.spec(width)):
+            least, _ = found.get(name, (width / method.dim, 0.0))
+            found[name] = [least, width / method.dim]
+    return found
 
 
 def _first_sentence(text: str) -> str:

@@ -48,7 +48,10 @@ def entry_text(entry: str | Mapping[str, Any]) -> str:
     needs = f"  (reads: {', '.join(entry['needs'])})" if entry.get("needs") else ""
     if "bits_per_weight" in entry:
         low, high = entry["bits_per_weight"]
-        carried = ", ".join(entry["containers"]) or "no stock container"
+        carried = ", ".join(
+            f"{name} (to {most:g} bits)" if most < high else name for name, (_, most) in entry["containers"].items()
+        )
+        carried = carried or "no stock container with these options"
         needs = f"  ({low:g} to {high:g} bits a weight before row scales; exact in: {carried})"
     head = f"{entry['name']}{':' if options else ''}{options}"
     return "\n".join([head, *textwrap.wrap(entry["is"] + needs, 112, initial_indent="    ", subsequent_indent="    ")])

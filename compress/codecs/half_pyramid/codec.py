@@ -45,11 +45,9 @@ class HalfPyramidConfig:
 
     def __post_init__(self) -> None:
         if self.key not in shipped_tables():
-            choices = sorted(key[1:] for key in shipped_tables() if key[0] == VERSION)
-            known = "; ".join(f"dim={dim},coset={str(c).lower()},levels={levels}" for dim, c, levels in choices)
             raise UsageError(
-                f"There is no half-integer pyramid of dim={self.dim}, coset={self.coset}, levels={self.levels}.",
-                remedy=f"There are: {known}.",
+                f"There is no half-integer pyramid of dim={self.dim}, levels={self.levels}.",
+                remedy="dim is 8, 16 or 32, levels trained or uniform.",
             )
 
     @property
