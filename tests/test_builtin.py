@@ -94,7 +94,8 @@ def test_every_stored_bit_is_counted(run: tuple[Path, dict[str, Any]]) -> None:
 
 def test_loaded_logits_are_those_in_memory(run: tuple[Path, dict[str, Any]], prompt: torch.Tensor) -> None:
     loaded = load_model(str(run[0] / "quantized"))
-    in_memory = compress.quantize(load_model("builtin:teacher"), bits=3.25)
+    codec = loaded.config.quantization_config.to_dict()["default"]["codec"]
+    in_memory = compress.quantize(load_model("builtin:teacher"), bits=3.25, codec=codec)
     with torch.no_grad():
         assert torch.equal(loaded(prompt).logits, in_memory(prompt).logits)
 

@@ -111,7 +111,7 @@ def test_equals_a_loop_by_hand_however_the_step_is_cut(tmp_path: Path, micro: in
     made = trainer(tmp_path, [Term("kl", KL())], micro=micro, accumulate=accumulate)
     made.train()
     student, losses = by_hand(6)
-    assert logged(made) == pytest.approx(losses, rel=1e-5)
+    assert logged(made) == pytest.approx(losses, rel=5e-5)  # float32 sums in another order
     for (name, got), want in zip(made.model.named_parameters(), student.parameters(), strict=True):
         assert torch.allclose(got, want, atol=2e-5), name
 
