@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from compress import ops
-from compress.ops.half_pyramid.library import Activations, half_pyramid_prepare, half_pyramid_prepared_linear
+from compress.ops.half_pyramid.native import Activations
 from compress.ops.half_pyramid.shape import HalfShape, plane_widths
 
 Step = Callable[[int], object]
@@ -76,7 +76,7 @@ def products(
     Packed matrices are multiplied in the form that `half_pyramid_prepare` makes once of their planes: `bits` a weight.
     """
     planes = random_planes(shape, width, size * size, 0)
-    prepared = half_pyramid_prepare(planes, size, size, shape, width)
+    prepared = ops.half_pyramid_prepare(planes, size, size, shape, width)
     packed = copies([prepared], megabytes)
     dense = {dtype: copies([torch.randn(size, size).to(dtype)], megabytes) for dtype in (torch.bfloat16, torch.float32)}
     scales = 0.5 + torch.rand(size, generator=torch.Generator().manual_seed(1))
@@ -85,7 +85,7 @@ def products(
     exact = x.double() @ weight.T
 
     def product(activations: Activations) -> Callable[[int], Tensor]:
-        return lambda i: half_pyramid_prepared_linear(x, packed[i][0], scales, shape, activations)
+        return lambda i: ops.half_pyramid_prepared_linear(x, packed[i][0], scales, shape, activations)
 
     def baseline(dtype: torch.dtype) -> Callable[[int], Tensor]:
         own = x.to(dtype)

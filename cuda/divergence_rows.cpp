@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "api.h"
+#include "instructions.h"
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -35,8 +36,6 @@ int thread_number() {
   return 0;
 #endif
 }
-
-enum Instructions : int { kBase, kAvx2, kAvx512 };
 
 // The best instruction set that this processor has and this library was compiled for.
 Instructions best_instructions() {

@@ -6,6 +6,7 @@
 
 #include "api.h"
 #include "encode.cuh"
+#include "instructions.h"
 
 namespace compress {
 namespace {
@@ -14,8 +15,8 @@ constexpr int64_t kBlock = 4096;  // groups that a thread takes at once, a multi
 
 EncodeGroups encode_groups_of(int instructions) {
 #if defined(COMPRESS_WITH_AVX)
-  if (instructions == 2) return encode_groups_avx512();
-  if (instructions == 1) return encode_groups_avx2();
+  if (instructions == kAvx512) return encode_groups_avx512();
+  if (instructions == kAvx2) return encode_groups_avx2();
 #endif
   (void)instructions;
   return encode_groups_base();

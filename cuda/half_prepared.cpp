@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "api.h"
+#include "instructions.h"
 
 namespace compress {
 namespace {
@@ -17,8 +18,8 @@ constexpr int kChunkWeights = 8 * kChunkOctets;
 
 const PreparedLoops& loops_of(int instructions) {
 #if defined(COMPRESS_WITH_AVX)
-  if (instructions == 2 && __builtin_cpu_supports("avx512vnni")) return *prepared_loops_avx512();
-  if (instructions >= 1) return *prepared_loops_avx2();
+  if (instructions == kAvx512 && __builtin_cpu_supports("avx512vnni")) return *prepared_loops_avx512();
+  if (instructions >= kAvx2) return *prepared_loops_avx2();
 #endif
   (void)instructions;
   return *prepared_loops_base();

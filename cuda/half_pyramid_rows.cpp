@@ -8,14 +8,15 @@
 #include <vector>
 
 #include "api.h"
+#include "instructions.h"
 #include "half_groups.h"
 
 namespace compress {
 
 const HalfLoops& half_loops_of(int instructions) {
 #if defined(COMPRESS_WITH_AVX)
-  if (instructions == 2) return *half_loops_avx512();
-  if (instructions >= 1) return *half_loops_avx2();
+  if (instructions == kAvx512) return *half_loops_avx512();
+  if (instructions >= kAvx2) return *half_loops_avx2();
 #endif
   (void)instructions;
   return *half_loops_base();

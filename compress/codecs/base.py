@@ -130,14 +130,6 @@ class QuantizedMatrix:
         return codec_of(self.spec).decode(self, dtype)
 
 
-def product(matrix: QuantizedMatrix, dtype: torch.dtype) -> Tensor:
-    """`QuantizedMatrix.dequantize` from its two factors, for codecs that have no faster way."""
-    integers, scales = matrix.integers()
-    rows, groups = scales.shape
-    weight = integers.view(rows, groups, matrix.spec.dim).to(torch.float32).mul_(scales.unsqueeze(-1))
-    return weight.view(rows, groups * matrix.spec.dim)[:, : matrix.shape[1]].to(dtype).contiguous()
-
-
 ONNX_INT4, ONNX_INT8 = "onnx int4", "onnx int8"
 COMPRESSED_TENSORS_INT4, COMPRESSED_TENSORS_INT8 = "compressed-tensors int4", "compressed-tensors int8"
 
@@ -164,7 +156,8 @@ class CodecConfig(Protocol):
 
 
 class Codec(Protocol):
-    """One way to make bits of a matrix. Construct it through `compress.codecs.codec(name, **options)`."""
+    """One way to make bits of a matrix. Codecs derive from it, and have `bits`, `decode` and `prepare` from here unless
+    they know better. Construct one through `compress.codecs.codec(name, **options)`."""
 
     config_type: ClassVar[type[Any]]
     config: Any
@@ -195,7 +188,7 @@ class Codec(Protocol):
 
     def bits(self, spec: CodecSpec, shape: tuple[int, int]) -> int:
         """`QuantizedMatrix.bits` of a matrix of this shape, exactly and without data."""
-        ...
+        return 8 * sum(part.nbytes for part in self.layout(spec, shape))
 
     def quantize(self, weight: Tensor, spec: CodecSpec) -> QuantizedMatrix:
         """A near matrix in the form of `spec`: each group is rounded to the nearest under its scale, which is searched
@@ -207,13 +200,16 @@ class Codec(Protocol):
         ...
 
     def decode(self, matrix: QuantizedMatrix, dtype: torch.dtype) -> Tensor:
-        """See `QuantizedMatrix.dequantize`; `product` is one way."""
-        ...
+        """See `QuantizedMatrix.dequantize`; from the two factors of `integers`, unless a codec has a faster way."""
+        integers, scales = matrix.integers()
+        rows, groups = scales.shape
+        weight = integers.view(rows, groups, matrix.spec.dim).to(torch.float32).mul_(scales.unsqueeze(-1))
+        return weight.view(rows, groups * matrix.spec.dim)[:, : matrix.shape[1]].to(dtype).contiguous()
 
     def prepare(self, matrix: QuantizedMatrix) -> Product | None:
         """The product with this matrix, for a caller that keeps it and multiplies often; None where decoding takes so
         long, and a product so little less than that, that the caller should decode once and keep the weight."""
-        ...
+        return None
 
     def containers(self, spec: CodecSpec) -> tuple[str, ...]:
         """Names of the stock containers that carry a matrix of `spec` exactly; see `exact_containers`."""

@@ -9,9 +9,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from compress.codecs.finite import refuse_not_finite
+from compress.codecs.finite import finite_matrix
 from compress.codecs.rows import TOP, initial_codes, row_scales
-from compress.errors import CodecError, NumericsError
+from compress.errors import NumericsError
 
 CHUNK_WEIGHTS = 2**20
 """Weights encoded at once, whole rows at a time."""
@@ -50,10 +50,7 @@ def encode_matrix(weight: Tensor, dim: int, encode: Encoder) -> tuple[Tensor, Te
     Raises `CodecError` for what is no matrix of floats, `NumericsError` for a weight that is not finite, or so large
     that float32 overflows.
     """
-    if weight.ndim != 2 or not weight.is_floating_point():
-        raise CodecError(f"A codec takes a matrix of floats, not {list(weight.shape)} of {weight.dtype}.")
-    weight = weight.detach().to(torch.float32)
-    refuse_not_finite(weight)
+    weight = finite_matrix(weight)
     rows, columns = weight.shape
     scale, codes = initial_codes(weight)
     if float(scale) > LARGEST_SCALE:

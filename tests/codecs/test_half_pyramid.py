@@ -16,6 +16,7 @@ from compress.codecs.half_pyramid.table import VERSION, shipped_tables
 from compress.codecs.rows import row_scales
 from compress.errors import ArtifactError, CodecError, NumericsError, UsageError
 from compress.ops.half_pyramid import reference
+from tests.codecs.payloads import check_payload, normal, relative_error
 
 KINDS = [key[1:] for key in shipped_tables() if key[0] == VERSION]
 RATES = (2.0, 2.5, 3.0, 3.25, 3.5, 4.0)
@@ -24,29 +25,11 @@ QUALITY = (0.0957, 0.0485, 0.0243, 0.0172, 0.0123, 0.0061)
 """Errors that are to be reached, per weight of N(0, 1), in groups of 8 and of 16."""
 
 
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def relative_error(weight: torch.Tensor, matrix: QuantizedMatrix) -> float:
-    exact = weight.double()
-    return float((matrix.dequantize(torch.float64) - exact).square().sum() / exact.square().sum())
-
-
 def check_round_trip(weight: torch.Tensor, spec: CodecSpec) -> QuantizedMatrix:
     """Everything that must hold of any matrix: exact size, exact round trip, exact product, values of the codebook."""
-    rounder, shape = codec_of(spec), (weight.shape[0], weight.shape[1])
-    matrix = rounder.quantize(weight, spec)
-    payload = matrix.payload()
-    assert payload.dtype == torch.int8 and payload.ndim == 1
-    assert matrix.bits == rounder.bits(spec, shape) == 8 * payload.numel()
-    again = QuantizedMatrix.from_payload(spec, shape, payload)
-    assert torch.equal(again.payload(), payload)
-    integers, scales = again.integers()
-    assert integers.dtype == torch.int8 and scales.dtype == torch.float32
-    product = integers.to(torch.float32) * scales.repeat_interleave(spec.dim, 1)
-    assert torch.equal(product[:, : shape[1]], matrix.dequantize())
-    planes, code = planes_of(again), entry_of(spec).shape
+    matrix = check_payload(codec_of(spec), weight, spec)
+    integers, scales = matrix.integers()
+    planes, code = planes_of(matrix), entry_of(spec).shape
     values, gain = reference.unpack(planes, scales.numel(), code, spec.width)
     assert torch.equal(values.view(integers.shape), integers)
     containers = row_scales(matrix.tensors["scale"], matrix.tensors["rows"]).unsqueeze(-1)

@@ -11,31 +11,13 @@ from compress import ops
 from compress.codecs import CodecSpec, QuantizedMatrix, codec, codec_of
 from compress.codecs.pyramid.codec import shape_of, split_codes
 from compress.errors import ArtifactError, CodecError, NumericsError, UsageError
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def relative_error(weight: torch.Tensor, matrix: QuantizedMatrix) -> float:
-    exact = weight.double()
-    return float((matrix.dequantize(torch.float64) - exact).square().sum() / exact.square().sum())
+from tests.codecs.payloads import check_payload, normal, relative_error
 
 
 def check_round_trip(weight: torch.Tensor, spec: CodecSpec) -> QuantizedMatrix:
     """Everything that must hold of any matrix: exact size, exact round trip, exact product."""
-    pyramid = codec("pyramid", max=spec.options["max"])
-    matrix = pyramid.quantize(weight, spec)
-    shape = (weight.shape[0], weight.shape[1])
-    payload = matrix.payload()
-    assert payload.dtype == torch.int8 and payload.ndim == 1
-    assert matrix.bits == pyramid.bits(spec, shape) == 8 * payload.numel()
-    again = QuantizedMatrix.from_payload(spec, shape, payload)
-    assert torch.equal(again.payload(), payload)
-    integers, scales = again.integers()
-    assert integers.dtype == torch.int8 and scales.dtype == torch.float32
-    product = integers.to(torch.float32) * scales.repeat_interleave(spec.dim, 1)
-    assert torch.equal(product[:, : shape[1]], matrix.dequantize())
+    matrix = check_payload(codec("pyramid", max=spec.options["max"]), weight, spec)
+    integers, scales = matrix.integers()
     assert int(integers.abs().sum()) == shape_of(spec).pulses * scales.numel()
     return matrix
 

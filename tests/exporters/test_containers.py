@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from compress.codecs import codec
-from compress.codecs.base import CodecSpec, QuantizedMatrix, product
+from compress.codecs.base import CodecSpec, QuantizedMatrix
 from compress.exporters.containers import Container, container_of
 
 
@@ -22,7 +22,7 @@ class Matrix(QuantizedMatrix):
         return self.factors
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        return product(self, dtype)
+        return codec("pyramid").decode(self, dtype)
 
 
 def weight_of(container: Container) -> Tensor:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from compress import ops
-from compress.codecs.base import CodecSpec, FieldLayout, Option, Product, QuantizedMatrix, exact_containers
+from compress.codecs.base import Codec, CodecSpec, FieldLayout, Option, Product, QuantizedMatrix, exact_containers
 from compress.codecs.half_pyramid.product import PackedProduct
 from compress.codecs.half_pyramid.table import VERSION, Entry, Key, shipped_tables
 from compress.codecs.registry import register_codec
@@ -29,7 +29,7 @@ from compress.codecs.row_search import Groups, encode_matrix
 from compress.codecs.rows import row_scales
 from compress.errors import ArtifactError, UsageError
 from compress.ops.bits import packed_bytes
-from compress.ops.half_pyramid.library import FLOATS
+from compress.ops.half_pyramid.native import FLOATS
 from compress.ops.half_pyramid.shape import MOST_LEVELS, plane_widths
 
 
@@ -56,7 +56,7 @@ class HalfPyramidConfig:
 
 
 @register_codec
-class HalfPyramidCodec:
+class HalfPyramidCodec(Codec):
     """See the module's text; the methods are those of `compress.codecs.base.Codec`."""
 
     config_type: ClassVar[type[Any]] = HalfPyramidConfig
@@ -101,9 +101,6 @@ class HalfPyramidCodec:
                 for name, bits in zip(names, widths, strict=True)
             ),
         )
-
-    def bits(self, spec: CodecSpec, shape: tuple[int, int]) -> int:
-        return 8 * sum(part.nbytes for part in self.layout(spec, shape))
 
     def quantize(self, weight: Tensor, spec: CodecSpec) -> QuantizedMatrix:
         shape = entry_of(spec).shape

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from compress import ops
 from compress.codecs.base import QuantizedMatrix
-from compress.ops.half_pyramid.library import FLOATS, half_pyramid_prepare, half_pyramid_prepared_linear
+from compress.ops.half_pyramid.native import FLOATS
 from compress.ops.half_pyramid.shape import HalfShape
 
 FUSED_ROWS = 16
@@ -37,5 +37,5 @@ class PackedProduct:
         if not on_processor:
             return ops.half_pyramid_linear(x, self.planes, self.scales, self.shape, width)
         if self._rows is None:
-            self._rows = half_pyramid_prepare(self.planes, *self.matrix.shape, self.shape, width)
-        return half_pyramid_prepared_linear(x, self._rows, self.scales, self.shape)
+            self._rows = ops.half_pyramid_prepare(self.planes, *self.matrix.shape, self.shape, width)
+        return ops.half_pyramid_prepared_linear(x, self._rows, self.scales, self.shape)

@@ -15,6 +15,7 @@ from importlib.resources import files
 from types import MappingProxyType
 from typing import Any
 
+from compress.codecs.worthwhile import worthwhile
 from compress.ops.half_pyramid.shape import HalfShape
 
 VERSION = 1
@@ -44,13 +45,11 @@ def _key(table: Mapping[str, Any]) -> Key:
 
 
 def _widths(table: Mapping[str, Any]) -> dict[int, Entry]:
-    """The widths whose error is below that of every smaller one; the others would pad the code of a smaller one."""
-    widths: dict[int, Entry] = {}
-    least = float("inf")
-    for width, row in sorted((int(width), row) for width, row in table["widths"].items()):
-        if row["mse"] < least:
-            gains = tuple(float(gain) for gain in row["gains"])
-            shape = HalfShape(int(table["dim"]), row["pulses"], tuple(row["levels"]), gains, row["shift"])
-            widths[width] = Entry(shape, row["mse"])
-            least = row["mse"]
-    return widths
+    """The widths worth offering, ascending."""
+    entries = {int(width): _entry(int(table["dim"]), row) for width, row in table["widths"].items()}
+    return {width: entries[width] for width in worthwhile(entries)}
+
+
+def _entry(dim: int, row: Mapping[str, Any]) -> Entry:
+    gains = tuple(float(gain) for gain in row["gains"])
+    return Entry(HalfShape(dim, row["pulses"], tuple(row["levels"]), gains, row["shift"]), row["mse"])

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from compress import ops
-from compress.codecs.base import CodecSpec, FieldLayout, Option, Product, QuantizedMatrix, exact_containers, product
-from compress.codecs.finite import refuse_not_finite
+from compress.codecs.base import Codec, CodecSpec, FieldLayout, Option, QuantizedMatrix, exact_containers
+from compress.codecs.finite import finite_matrix
 from compress.codecs.pvq.config import PvqConfig, limit_of, widths_of
 from compress.codecs.pvq.direction import best_direction, products, round_and_fix
 from compress.codecs.pvq.gains import beta_gains, lloyd_gains
@@ -32,13 +32,14 @@ from compress.codecs.registry import register_codec
 from compress.codecs.row_search import fill_groups
 from compress.codecs.rows import row_rms
 from compress.errors import ArtifactError, CodecError, UsageError
+from compress.ops.bits import packed_bytes
 
 CHUNK_WEIGHTS = 2**20
 """Weights handled at once, whole rows at a time."""
 
 
 @register_codec
-class PvqCodec:
+class PvqCodec(Codec):
     """See the module's text; the methods are those of `compress.codecs.base.Codec`."""
 
     config_type: ClassVar[type[Any]] = PvqConfig
@@ -81,20 +82,13 @@ class PvqCodec:
             FieldLayout("scale", torch.float32, (1,)),
             FieldLayout("levels", torch.float32, (1 << bits,)),
             FieldLayout("rows", torch.float16, (rows,)),
-            FieldLayout("gains", torch.uint8, ((groups * bits + 7) // 8,)),
-            FieldLayout("index", torch.uint8, ((groups * (spec.width - bits) + 7) // 8,)),
+            FieldLayout("gains", torch.uint8, (packed_bytes(groups, bits),)),
+            FieldLayout("index", torch.uint8, (packed_bytes(groups, spec.width - bits),)),
         )
 
-    def bits(self, spec: CodecSpec, shape: tuple[int, int]) -> int:
-        return 8 * sum(part.nbytes for part in self.layout(spec, shape))
-
     def quantize(self, weight: Tensor, spec: CodecSpec) -> QuantizedMatrix:
-        if weight.ndim != 2 or not weight.is_floating_point():
-            raise CodecError(f"pvq takes a matrix of floats, not {list(weight.shape)} of {weight.dtype}.")
-        config = config_of(spec)
-        weight = weight.detach().to(torch.float32)
+        config, weight = config_of(spec), finite_matrix(weight)
         rows, columns = weight.shape
-        refuse_not_finite(weight)
         filled = -(-columns // spec.dim) * spec.dim
         scale, halves = encode_norms(row_rms(weight) * math.sqrt(filled))
         index, lengths, shrinkage = _directions(weight, decode_norms(scale, halves), config)
@@ -121,12 +115,6 @@ class PvqCodec:
         lengths = norms * stored["levels"][gains].view(rows, groups)
         parts = [_root(products(part.to(torch.float32), part)[1]) for part in y.split(CHUNK_WEIGHTS // spec.dim)]
         return y.view(rows, groups * spec.dim), lengths / torch.cat(parts).view(rows, groups)
-
-    def decode(self, matrix: QuantizedMatrix, dtype: torch.dtype) -> Tensor:
-        return product(matrix, dtype)
-
-    def prepare(self, matrix: QuantizedMatrix) -> Product | None:
-        return None
 
     def containers(self, spec: CodecSpec) -> tuple[str, ...]:
         return exact_containers(spec.dim, limit_of(config_of(spec).pulses))

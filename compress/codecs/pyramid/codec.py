@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from compress import ops
-from compress.codecs.base import CodecSpec, FieldLayout, Product, QuantizedMatrix, exact_containers, product
-from compress.codecs.pyramid.table import VERSION, Shape, shipped_tables, worthwhile
+from compress.codecs.base import Codec, CodecSpec, FieldLayout, QuantizedMatrix, exact_containers
+from compress.codecs.pyramid.table import VERSION, Shape, shipped_tables
 from compress.codecs.registry import register_codec
 from compress.codecs.row_search import Groups, encode_matrix
 from compress.codecs.rows import row_scales
+from compress.codecs.worthwhile import worthwhile
 from compress.errors import ArtifactError, UsageError
+from compress.ops.bits import packed_bytes
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class PyramidConfig:
 
 
 @register_codec
-class PyramidCodec:
+class PyramidCodec(Codec):
     """See the module's text; the methods are those of `compress.codecs.base.Codec`."""
 
     config_type: ClassVar[type[Any]] = PyramidConfig
@@ -81,11 +83,8 @@ class PyramidCodec:
         return (
             FieldLayout("scale", torch.float32, (1,)),
             FieldLayout("rows", torch.uint8, (rows,)),
-            FieldLayout("codes", torch.uint8, ((codes * spec.width + 7) // 8,)),
+            FieldLayout("codes", torch.uint8, (packed_bytes(codes, spec.width),)),
         )
-
-    def bits(self, spec: CodecSpec, shape: tuple[int, int]) -> int:
-        return 8 * sum(part.nbytes for part in self.layout(spec, shape))
 
     def quantize(self, weight: Tensor, spec: CodecSpec) -> QuantizedMatrix:
         shape = shape_of(spec)
@@ -110,12 +109,6 @@ class PyramidCodec:
         scales = row_scales(matrix.tensors["scale"], matrix.tensors["rows"])
         levels = shape.level_tensor().to(codes.device)
         return y.view(rows, groups * spec.dim), scales.unsqueeze(-1) * levels[gain].view(rows, groups)
-
-    def decode(self, matrix: QuantizedMatrix, dtype: torch.dtype) -> Tensor:
-        return product(matrix, dtype)
-
-    def prepare(self, matrix: QuantizedMatrix) -> Product | None:
-        return None
 
     def containers(self, spec: CodecSpec) -> tuple[str, ...]:
         return exact_containers(spec.dim, shape_of(spec).limit)

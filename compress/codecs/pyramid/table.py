@@ -53,18 +53,5 @@ def shipped_tables() -> Mapping[tuple[int, int, int], Mapping[int, Shape]]:
     )
 
 
-def worthwhile(table: Mapping[int, Shape]) -> tuple[int, ...]:
-    """The widths of `table`, ascending, whose error is below that of every smaller one.
-
-    A bound on the pulses ends what more bits can buy: with `max` = 7 the best shapes of 60 to 64 bits are the one of
-    59, and their codes would be padded.
-    """
-    widths: list[int] = []
-    for width in sorted(table):
-        if not widths or table[width].mse < table[widths[-1]].mse:
-            widths.append(width)
-    return tuple(widths)
-
-
 def _shape(dim: int, row: Mapping[str, Any]) -> Shape:
     return Shape(dim, int(row["pulses"]), int(row["limit"]), tuple(row["levels"]), float(row["mse"]))

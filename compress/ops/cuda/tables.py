@@ -105,6 +105,7 @@ class Layout:
     direct: bool
 
 
+@lru_cache(maxsize=256)
 def layout_of(shape: HalfShape, width: int, whole: bool, spare: int) -> Layout:
     """`whole`: every row begins at a multiple of 8 groups of 8. `spare`: shared memory that tables may take.
 

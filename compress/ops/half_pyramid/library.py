@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -18,12 +18,10 @@ from compress.errors import CodecError
 from compress.ops.bits import packed_bytes
 from compress.ops.cuda.half_pyramid import CudaKernels
 from compress.ops.half_pyramid import prepared, reference
-from compress.ops.half_pyramid.native import HalfPyramidLibrary
+from compress.ops.half_pyramid.native import FLOATS, Activations, HalfPyramidLibrary, plane_bytes
 from compress.ops.half_pyramid.shape import HalfShape, plane_widths
 from compress.ops.library import LIBRARY_PATH
 
-Activations = Literal["float", "int8"]
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 HAS_CUDA_KERNELS = importlib.util.find_spec("cupy") is not None and torch.cuda.is_available()
 SHAPE = "int dim, int pulses, int[] levels, float[] gains, int shift"
 
@@ -159,8 +157,7 @@ def check_planes(planes: list[Tensor], groups: int, shape: HalfShape, width: int
     """Raises `CodecError` unless these are the planes of `groups` groups of `width` bits."""
     if shape.codes > 1 << max(0, width - shape.dim):
         raise CodecError(f"{shape.codes} codes do not fit {width} bits with {shape.dim} signs.")
-    widths = (shape.dim, *plane_widths(width - shape.dim))
-    sizes = [packed_bytes(groups, bits) for bits in widths]
+    sizes = plane_bytes(groups, shape, width)
     found = [plane.numel() if plane.dtype == torch.uint8 and plane.ndim == 1 else -1 for plane in planes]
     if found != sizes:
         raise CodecError(

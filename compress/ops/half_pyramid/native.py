@@ -11,6 +11,7 @@ import ctypes
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -32,8 +33,8 @@ SIGNATURES: dict[str, list[type]] = {
     ],
 }
 
+Activations = Literal["float", "int8"]
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-ACTIVATIONS = ("float", "int8")
 CHUNK_ELEMENTS = 2**20
 """Weights that are decoded to float32 at once on their way to a narrower type."""
 WIDEST_REST = 4
@@ -210,8 +211,10 @@ class HalfPyramidLibrary:
         if x.ndim != 2 or x.device.type != "cpu":
             raise CodecError(f"linear takes x [R, n] on the CPU, not {list(x.shape)} on {x.device}.")
         check_type("activations", x.dtype)
-        if activations not in ACTIVATIONS:
-            raise CodecError(f"Activations as '{activations}'.", remedy=f"Use one of {', '.join(ACTIVATIONS)}.")
+        if activations not in get_args(Activations):
+            raise CodecError(
+                f"Activations as '{activations}'.", remedy=f"Use one of {', '.join(get_args(Activations))}."
+            )
         rows, (count, columns) = row_scales.numel(), x.shape
         check_prepared(prepared, row_scales, columns, shape)
         if columns == 0 or count == 0:
