@@ -61,6 +61,21 @@ quantize_options = stack(
     click.argument("model", metavar="M"),
     click.option("--bits", type=float, required=True, help="Bits per weight, everything stored counted."),
     shown("--codec", "half_pyramid", "How a matrix becomes bits.", metavar="NAME[:k=v,...]"),
+    click.option(
+        "--data", metavar="D", multiple=True, help="Text for calibration; several are chained. None: data-free."
+    ),
+    shown("--rows", 128, "Rows of calibration data.", int),
+    shown("--context", 256, "Tokens of a row.", int),
+    click.option(
+        "--rounding",
+        metavar="NAME[:k=v,...]",
+        default=None,
+        help="nearest, or ldlq, which needs data.  [default: what the data allow]",
+    ),
+    shown("--transform", "none", "What mixes the matrices before rounding.", click.Choice(["none", "hadamard"])),
+    shown("--memory", "2GB", "Hidden states kept in memory; the rest on disk.", metavar="SIZE"),
+    seed_option,
+    device_option,
     shown("--max-shard-bytes", 5_000_000_000, "Size at which a new weight file is begun.", int),
     trust_option,
 )
@@ -110,7 +125,7 @@ def recipe_of(part: Literal["distill", "quantize"], options: Mapping[str, Any]) 
     given = {
         names.get(name, name): list(value) if isinstance(value, tuple) else value
         for name, value in options.items()
-        if value is not None
+        if value not in (None, ())
     }
     inner = {name: value for name, value in given.items() if name in fields}
     outer = {name: value for name, value in given.items() if name not in fields}

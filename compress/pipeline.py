@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -191,18 +191,39 @@ def _distill(task: Task) -> dict[str, Any]:
 
 def _quantize(task: Task) -> dict[str, Any]:
     from compress.codecs import codec
+    from compress.quantization.options import Ldlq, rounding_of
+    from compress.quantization.rounders import CalibrationOptions
     from compress.quantization.run import quantize_checkpoint
+    from compress.recipe.schema import parse_bytes
 
     asked, planned = task.recipe.quantize, task.plan.quantization
     assert asked is not None
     assert planned is not None
+    method = codec(asked.codec.name, **asked.codec.options)
+    specs = {matrix.name: replace(method.spec(matrix.width), mixing=matrix.mixing) for matrix in planned.matrices}
+    calibration = None
+    if asked.calibration is not None and asked.data is not None:
+        options = rounding_of(asked.calibration.name, asked.calibration.options)
+        assert isinstance(options, Ldlq)
+        calibration = CalibrationOptions(
+            asked.data,
+            options,
+            asked.rows,
+            asked.context,
+            task.recipe.seed,
+            parse_bytes(asked.memory),
+            task.recipe.device,
+        )
     return quantize_checkpoint(
         resolve_model(task.source),
         task.out,
-        {matrix.name: matrix.width for matrix in planned.matrices},
-        codec(asked.codec.name, **asked.codec.options),
+        specs,
+        method,
         task.workspace,
         task.workspace.events,
+        calibration=calibration,
+        transform=asked.transform,
+        seed=task.recipe.seed,
         bits_target=asked.bits,
         max_shard_bytes=asked.max_shard_bytes,
         trust_remote_code=task.recipe.trust_remote_code,

@@ -132,15 +132,22 @@ class Workspace:
 
         Returns when files and manifest are durable. A unit that exists is replaced.
         """
-        entries: dict[str, Json] = {}
+        self.commit_all({unit: (files, record)})
+
+    def commit_all(self, units: Mapping[str, tuple[Sequence[Path], Mapping[str, Json]]]) -> None:
+        """`commit` of several units that belong together: after a crash all of them are done, or none."""
+        made: dict[str, Json] = {}
         with disk_errors(self.folder):
-            for path in files:
-                sync_file(path)
-                name = path.relative_to(self.folder).as_posix()
-                entries[name] = file_entry(path)
-            for parent in {folder for path in files for folder in self._between(path)}:
-                sync_folder(parent)
-        self._write({**self._units, unit: {"files": entries, "record": dict(record)}})
+            for unit, (files, record) in units.items():
+                entries: dict[str, Json] = {}
+                for path in files:
+                    sync_file(path)
+                    name = path.relative_to(self.folder).as_posix()
+                    entries[name] = file_entry(path)
+                for parent in {folder for path in files for folder in self._between(path)}:
+                    sync_folder(parent)
+                made[unit] = {"files": entries, "record": dict(record)}
+        self._write({**self._units, **made})
 
     def drop(self, unit: str) -> None:
         """Forget a unit and remove its files; in this order, so that the manifest never names a file that is gone."""

@@ -2,6 +2,7 @@
 
 from compress.codecs.base import Codec, CodecSpec, FieldLayout, QuantizedMatrix
 from compress.codecs.half_pyramid import HalfPyramidCodec, HalfPyramidConfig
+from compress.codecs.integer import IntegerCodec, IntegerConfig
 from compress.codecs.pvq import PvqCodec, PvqConfig
 from compress.codecs.pyramid import PyramidCodec, PyramidConfig
 from compress.codecs.registry import codec, codec_names, codec_of, register_codec
@@ -12,6 +13,8 @@ __all__ = [
     "FieldLayout",
     "HalfPyramidCodec",
     "HalfPyramidConfig",
+    "IntegerCodec",
+    "IntegerConfig",
     "PvqCodec",
     "PvqConfig",
     "PyramidCodec",

@@ -8,19 +8,25 @@ Rows are cut into groups of `dim` columns (the last one filled up with zeros), a
 `width` bits. Every codec here reconstructs a group as one float32 scale times small integers, which is what stock
 containers (ONNX Runtime's MatMulNBits, for one) hold: `integers()` hands out the two factors, `dequantize()` their
 product, and the two agree bit for bit.
+
+What the codec rounds may be W in another basis, W' = Qo^T W Qi (`compress.transforms`). The spec's `mixing` then names
+the mixed sides, and the signs that say which mixing it was follow the codec's tensors in the payload. Codecs know
+nothing of it: they round and decode W', the `plain` matrix, and `QuantizedMatrix` adds the signs and goes back to W.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, Self
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from compress.codecs.registry import codec_of
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, CodecError, UsageError
+from compress.transforms.matrices import unmix_weight
+from compress.transforms.signs import MIXINGS, Signs, mixed_sides, pack_signs, sign_bytes, unpack_signs
 
 Option = int | float | str | bool
 
@@ -29,25 +35,29 @@ Option = int | float | str | bool
 class CodecSpec:
     """All that reading a payload needs besides its shape: the codec's name, its options, width and group size.
 
-    width: bits of one group's code. dim: columns of a group.
+    width: bits of one group's code. dim: columns of a group. mixing: which sides of the matrix were mixed before it was
+    rounded, one of `MIXINGS`.
     """
 
     codec: str
     width: int
     dim: int
     options: Mapping[str, Option] = field(default_factory=dict)
+    mixing: str = "none"
 
     def __hash__(self) -> int:
-        return hash((self.codec, self.width, self.dim, tuple(sorted(self.options.items()))))
+        return hash((self.codec, self.width, self.dim, tuple(sorted(self.options.items())), self.mixing))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; `from_dict` takes it back."""
-        return {"codec": self.codec, "width": self.width, "dim": self.dim, "options": dict(self.options)}
+        """Plain data for JSON; `from_dict` takes it back. A matrix that is not mixed has no field `mixing`."""
+        data = {"codec": self.codec, "width": self.width, "dim": self.dim, "options": dict(self.options)}
+        return data if self.mixing == "none" else {**data, "mixing": self.mixing}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """The spec that `to_dict` wrote. Raises `ArtifactError` when a field is missing, unknown or of a wrong type."""
-        kinds: dict[str, type] = {"codec": str, "width": int, "dim": int, "options": Mapping}
+        data = {"mixing": "none", **data}
+        kinds: dict[str, type] = {"codec": str, "width": int, "dim": int, "options": Mapping, "mixing": str}
         for name in data:
             if name not in kinds:
                 raise ArtifactError(f"A codec's description has an unknown field '{name}'.")
@@ -56,6 +66,8 @@ class CodecSpec:
                 raise ArtifactError(f"A codec's description lacks the field '{name}'.")
             if not isinstance(data[name], kind) or isinstance(data[name], bool):
                 raise ArtifactError(f"A codec's description has {data[name]!r} as its '{name}'.")
+        if data["mixing"] not in MIXINGS:
+            raise ArtifactError(f"A codec's description has {data['mixing']!r} as its 'mixing'.")
         return cls(**{name: data[name] for name in kinds})
 
 
@@ -70,6 +82,13 @@ class FieldLayout:
     @property
     def nbytes(self) -> int:
         return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+def sign_layout(spec: CodecSpec, shape: tuple[int, int]) -> tuple[FieldLayout, ...]:
+    """The packed signs of the mixed sides, which end a payload."""
+    inputs, outputs = mixed_sides(spec.mixing)
+    sides = (*((("input_signs", shape[1]),) if inputs else ()), *((("output_signs", shape[0]),) if outputs else ()))
+    return tuple(FieldLayout(name, torch.uint8, (sign_bytes(width),)) for name, width in sides)
 
 
 @dataclass
@@ -99,7 +118,7 @@ class QuantizedMatrix:
     def from_payload(cls, spec: CodecSpec, shape: tuple[int, int], payload: Tensor) -> Self:
         """The matrix whose `payload()` this is. Raises `ArtifactError` unless type and length are exactly right and
         all scales are finite and not negative."""
-        layout = codec_of(spec).layout(spec, shape)
+        layout = (*codec_of(spec).layout(spec, shape), *sign_layout(spec, shape))
         needed = sum(part.nbytes for part in layout)
         if payload.dtype != torch.int8 or payload.ndim != 1 or payload.numel() != needed:
             raise ArtifactError(
@@ -121,13 +140,49 @@ class QuantizedMatrix:
             start += part.nbytes
         return cls(spec, shape, tensors)
 
+    @property
+    def signs(self) -> Signs:
+        """Of the sides that are mixed, on the device of the tensors."""
+        packed = {part.name: self.tensors[part.name] for part in sign_layout(self.spec, self.shape)}
+        rows, columns = self.shape
+        return Signs(
+            unpack_signs(packed["input_signs"], columns) if "input_signs" in packed else None,
+            unpack_signs(packed["output_signs"], rows) if "output_signs" in packed else None,
+        )
+
+    @property
+    def plain(self) -> QuantizedMatrix:
+        """What the codec rounded: W' as a matrix by itself, in the mixed basis; the same tensors without the signs."""
+        if self.spec.mixing == "none":
+            return self
+        signs = {part.name for part in sign_layout(self.spec, self.shape)}
+        tensors = {name: tensor for name, tensor in self.tensors.items() if name not in signs}
+        return QuantizedMatrix(replace(self.spec, mixing="none"), self.shape, tensors)
+
+    def mixed(self, signs: Signs) -> QuantizedMatrix:
+        """The matrix W whose W' = Qo^T W Qi this one is; the inverse of `plain`."""
+        packed = {"input_signs": signs.input, "output_signs": signs.output}
+        stored = {name: pack_signs(side) for name, side in packed.items() if side is not None}
+        return QuantizedMatrix(replace(self.spec, mixing=signs.mixing), self.shape, {**self.tensors, **stored})
+
     def integers(self) -> tuple[Tensor, Tensor]:
-        """int8 [o, n'] and float32 scales [o, n' / dim] (n' = n rounded up to whole groups), whose product is W."""
+        """int8 [o, n'] and float32 scales [o, n' / g], whose product is W: columns in groups of g share a scale, and n'
+        is n rounded up to whole groups. g is `dim`, but for single columns that share one (`integer`).
+        Raises `CodecError` for a mixed matrix, which is no such product; its `plain` form is."""
+        if self.spec.mixing != "none":
+            raise CodecError(
+                "A mixed matrix is no product of scales and integers.", remedy="Take those of its plain form."
+            )
         return codec_of(self.spec).integers(self)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """W [o, n]: W[r, g dim + i] = fl32(scales[r, g] integers[r, g dim + i]), then rounded to `dtype`."""
-        return codec_of(self.spec).decode(self, dtype)
+        """W [o, n] in the original basis, rounded to `dtype`.
+
+        W[r, k g + i] = fl32(scales[r, k] integers[r, k g + i]); of a mixed matrix that is W', and W = Qo W' Qi^T.
+        """
+        if self.spec.mixing == "none":
+            return codec_of(self.spec).decode(self, dtype)
+        return unmix_weight(self.plain.dequantize(), self.signs, dtype)
 
 
 ONNX_INT4, ONNX_INT8 = "onnx int4", "onnx int8"
@@ -137,6 +192,7 @@ COMPRESSED_TENSORS_INT4, COMPRESSED_TENSORS_INT8 = "compressed-tensors int4", "c
 def exact_containers(dim: int, largest: int) -> tuple[str, ...]:
     """The stock containers that hold groups of `dim` integers of magnitude <= `largest`, one float32 scale each, bit
     for bit: ONNX Runtime's MatMulNBits has blocks of 16 and more, vLLM's pack-quantized kernels groups of 32, 64, 128.
+    Integers of b bits around a zero point are as large as 2^(b-1) - 1: 4 bits have zero points of their own in both.
     """
     bits = (*((4,) if largest <= 7 else ()), *((8,) if largest <= 127 else ()))
     onnx = {4: ONNX_INT4, 8: ONNX_INT8}
@@ -155,9 +211,51 @@ class CodecConfig(Protocol):
     name: ClassVar[str]
 
 
+GainRule = Literal["projection", "norm"]
+"""The gain of a group: that of least error, c = <t, v> / <v, v>, or that which keeps its length, c = ||t|| / ||v||."""
+
+
+class Rounding(Protocol):
+    """A matrix W [o, n] that gets its codes some columns at a time, because what a column should be depends on how
+    others were rounded.
+
+    dim: columns that are rounded at once. scope: columns that share scales, a multiple of dim (or n, if that is less).
+    Columns begin at multiples of these; the last ones of a matrix may be fewer.
+    """
+
+    dim: int
+    scope: int
+
+    def scale(self, start: int, values: Tensor) -> None:
+        """Choose the scales of the columns from `start` on that share them, for their `values` float32 [o, <= scope].
+        Raises `NumericsError` for values that are not finite."""
+        ...
+
+    def round(self, start: int, target: Tensor, metric: Tensor | None = None, keep: bool = False) -> Tensor:
+        """Codes of the columns from `start` on: what they decode to, v float32 [o, <= dim], is near `target` t float32
+        [o, <= dim]. Near is (t - v) M (t - v)^T with `metric` M float32 [<= dim, <= dim], positive definite, whose
+        largest eigenvalue is 1; the square without. With `keep` a row whose present code is as near keeps it. Scales
+        are chosen already.
+        """
+        ...
+
+    def rescale(self, factors: Tensor) -> None:
+        """Multiply the scales by `factors` float32 [o, ceil(n / scope)], as nearly as can be stored; codes stay."""
+        ...
+
+    def decoded(self) -> Tensor:
+        """What all codes decode to, float32 [o, n]."""
+        ...
+
+    def finish(self) -> QuantizedMatrix:
+        """The matrix; all columns have their codes."""
+        ...
+
+
 class Codec(Protocol):
     """One way to make bits of a matrix. Codecs derive from it, and have `bits`, `decode` and `prepare` from here unless
-    they know better. Construct one through `compress.codecs.codec(name, **options)`."""
+    they know better. The matrices they make and read are not mixed. Construct one through `codec(name, **options)` of
+    `compress.codecs`."""
 
     config_type: ClassVar[type[Any]]
     config: Any
@@ -183,17 +281,33 @@ class Codec(Protocol):
         ...
 
     def layout(self, spec: CodecSpec, shape: tuple[int, int]) -> tuple[FieldLayout, ...]:
-        """The tensors of a payload, in their order."""
+        """The tensors of a payload but for signs, in their order."""
         ...
 
     def bits(self, spec: CodecSpec, shape: tuple[int, int]) -> int:
         """`QuantizedMatrix.bits` of a matrix of this shape, exactly and without data."""
-        return 8 * sum(part.nbytes for part in self.layout(spec, shape))
+        return 8 * sum(part.nbytes for part in (*self.layout(spec, shape), *sign_layout(spec, shape)))
 
     def quantize(self, weight: Tensor, spec: CodecSpec) -> QuantizedMatrix:
         """A near matrix in the form of `spec`: each group is rounded to the nearest under its scale, which is searched
         for. `NumericsError` for a weight that is not finite."""
         ...
+
+    def rounding(
+        self,
+        shape: tuple[int, int],
+        spec: CodecSpec,
+        device: torch.device,
+        gain: GainRule = "projection",
+        search: bool = True,
+    ) -> Rounding:
+        """A matrix of this shape on its way to the form of `spec`, for callers that decide column by column. Codecs
+        whose groups have a gain choose it by the rule `gain`; those of several columns `search` for the code that is
+        near in a metric, or else take the nearest. `UsageError` for a codec that rounds whole matrices alone."""
+        raise UsageError(
+            f"The codec '{spec.codec}' has no calibrated rounding.",
+            remedy="Leave out the data, or take half_pyramid, pyramid or integer.",
+        )
 
     def integers(self, matrix: QuantizedMatrix) -> tuple[Tensor, Tensor]:
         """See `QuantizedMatrix.integers`."""

@@ -33,6 +33,17 @@ class Groups:
         fields = tuple(field.view(shape) for field in self.fields)
         return type(self)(self.values.view(*shape, self.values.shape[-1]), self.gains.view(shape), fields)
 
+    def column(self, place: int) -> Self:
+        """Those at `place` of the second axis, of [o, groups]: a copy."""
+        fields = tuple(field[:, place].clone() for field in self.fields)
+        return type(self)(self.values[:, place].clone(), self.gains[:, place].clone(), fields)
+
+    def put_column(self, place: int, other: Groups) -> None:
+        """Takes over `other` of [o] as those at `place` of the second axis."""
+        self.values[:, place], self.gains[:, place] = other.values, other.gains
+        for mine, new in zip(self.fields, other.fields, strict=True):
+            mine[:, place] = new
+
     def put(self, rows: Tensor, other: Groups, chosen: Tensor) -> None:
         """Takes over the rows `chosen` of `other` as `rows`."""
         self.values[rows], self.gains[rows] = other.values[chosen], other.gains[chosen]

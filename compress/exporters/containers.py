@@ -1,16 +1,20 @@
 """How a matrix of integers times scales lies in the ONNX operator `com.microsoft.MatMulNBits`.
 
-The operator computes y = x W^T with W[r, k] = fl32(scale[r, k // block] * (u[r, k] - 2^(bits-1))), where u are
-unsigned integers of `bits` bits, packed little-endian along the columns:
+The operator computes y = x W^T with W[r, k] = fl32(scale[r, k // block] * (u[r, k] - zero[r, k // block])), where u
+are unsigned integers of `bits` bits, packed little-endian along the columns, and zero points, packed in the same way
+along the blocks, are 2^(bits-1) where none are given:
 
     codes   uint8   [out, ceil(in / block), block * bits / 8]
     scales  float32 [out, ceil(in / block)]
+    zeros   uint8   [out, ceil(ceil(in / block) * bits / 8)]
 
 ONNX Runtime's processor kernels take bits 2, 4, 8 and block 16, 32, ... 256. A codec whose weights are scale x integer
-fits bit for bit, at the price of the container's size: 4 bits when all integers are in [-8, 7], else 8. Groups that are
-no multiple of 16 share blocks, whose weights are then rounded once more, to 8 bits: some 2e-5 of their energy, a
-thousandth of what few bits cost, and reported. Only 4 bits have a kernel that reads them directly; 8 bits are decoded
-at each call. Two bits, exact for integers in [-2, 1], are slower than 4 by a factor of 20, so they are not used.
+fits bit for bit, at the price of the container's size: 4 bits when all integers are in [-8, 7]; 4 bits with zero points
+when those of each block and 0 lie within 16 consecutive ones; else 8. A row with one scale may be cut anywhere. Other
+groups that are no multiple of 16 share blocks, whose weights are then rounded once more, to 8 bits: some 2e-5 of their
+energy, a thousandth of what few bits cost, and reported. Only 4 bits have a kernel that reads them directly; 8 bits
+are decoded at each call. Two bits, exact for integers in [-2, 1], are slower than 4 by a factor of 20, so they are not
+used.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from compress.errors import ExportError
 from compress.quantization.matrix import relative_error
@@ -43,14 +48,16 @@ class Container:
     scales: Tensor
     error: float = 0.0
     """Of rounding to this container: squared error over the energy of the weights; 0 where it is exact."""
+    zeros: Tensor | None = None
 
     def weight(self) -> Tensor:
         """W float32 [rows, columns], as the operator reads it."""
-        unsigned = self.codes.view(self.rows, -1).to(torch.int16)
-        if self.bits == 4:
-            unsigned = torch.stack([unsigned & 15, unsigned >> 4], 2).view(self.rows, -1)
-        integers = (unsigned - (1 << self.bits - 1)).to(torch.float32)
-        blocks = integers.view(self.rows, -1, self.block) * self.scales.unsqueeze(-1)
+        unsigned = unpack(self.codes.view(self.rows, -1), self.bits).view(self.rows, -1, self.block)
+        if self.zeros is None:
+            integers = unsigned - (1 << self.bits - 1)
+        else:
+            integers = unsigned - unpack(self.zeros, self.bits)[:, : self.scales.shape[1]].unsqueeze(-1)
+        blocks = integers.to(torch.float32) * self.scales.unsqueeze(-1)
         return blocks.view(self.rows, -1)[:, : self.columns].contiguous()
 
     @property
@@ -59,43 +66,65 @@ class Container:
 
     @property
     def stored_bits(self) -> int:
-        return 8 * self.codes.nbytes + 8 * self.scales.nbytes
+        return 8 * (self.codes.nbytes + self.scales.nbytes + (0 if self.zeros is None else self.zeros.nbytes))
 
 
 def container_of(matrix: QuantizedMatrix) -> Container:
-    """The container of a matrix: exact where its groups are whole blocks, else rounded to 8 bits."""
+    """The container of a matrix: exact where its groups are whole blocks, else rounded to 8 bits. So is a mixed
+    matrix, since the operator multiplies in the original basis."""
     rows, columns = matrix.shape
     if not rows or not columns:
         raise ExportError(f"A matrix of {rows} x {columns} has no weights to export.")
-    block = next((size for size in BLOCKS if matrix.spec.dim % size == 0), None)
-    if block is None:
+    if matrix.spec.mixing != "none":
         return rounded(matrix.dequantize())
     integers, scales = matrix.integers()
     group = integers.shape[1] // scales.shape[1]
+    if scales.shape[1] == 1:
+        group = -(-group // ROUNDED_BLOCK) * ROUNDED_BLOCK
+    block = next((size for size in BLOCKS if group % size == 0), None)
+    if block is None:
+        return rounded(matrix.dequantize())
     blocks = -(-columns // block)
     scales = scales.repeat_interleave(group // block, 1)[:, :blocks].contiguous()
-    integers = integers[:, : blocks * block].clone()
-    integers[:, columns:] = 0
-    bits = 4 if int(integers.min()) >= -8 and int(integers.max()) <= 7 else 8
-    codes = pack(integers, bits).view(rows, blocks, block * bits // 8)
-    return Container(bits, block, rows, columns, codes, scales)
+    integers = functional.pad(integers[:, :columns], (0, blocks * block - columns)).view(rows, blocks, block)
+    bits, zeros = numbers_of(integers)
+    codes = pack(integers + zeros.unsqueeze(-1), bits)
+    fixed = bool((zeros == 1 << bits - 1).all())
+    return Container(bits, block, rows, columns, codes, scales, zeros=None if fixed else pack(zeros, bits))
+
+
+def numbers_of(integers: Tensor) -> tuple[int, Tensor]:
+    """Bits and zero points int16 [o, blocks] for int8 [o, blocks, block]; 2^(bits-1) everywhere if that will do."""
+    low, high = integers.amin(2).clamp_max_(0).to(torch.int16), integers.amax(2).clamp_min_(0).to(torch.int16)
+    if int(low.min()) >= -8 and int(high.max()) <= 7:
+        return 4, torch.full_like(low, 8)
+    if int((high - low).max()) <= 15:
+        return 4, -low
+    return 8, torch.full_like(low, 128)
 
 
 def rounded(weight: Tensor) -> Container:
     """W float32 [o, n] in blocks of 32 integers of 8 bits, scale = max |w| / 127 of the block."""
     rows, columns = weight.shape
     blocks = -(-columns // ROUNDED_BLOCK)
-    padded = torch.nn.functional.pad(weight, (0, blocks * ROUNDED_BLOCK - columns)).view(rows, blocks, ROUNDED_BLOCK)
+    padded = functional.pad(weight, (0, blocks * ROUNDED_BLOCK - columns)).view(rows, blocks, ROUNDED_BLOCK)
     scales = padded.abs().amax(2) / 127
     integers = torch.round(padded / torch.where(scales > 0, scales, 1).unsqueeze(-1)).to(torch.int8)
-    codes = pack(integers.view(rows, -1), 8).view(rows, blocks, ROUNDED_BLOCK)
+    codes = pack(integers.to(torch.int16) + 128, 8)
     container = Container(8, ROUNDED_BLOCK, rows, columns, codes, scales)
     return replace(container, error=relative_error(weight, container.weight()))
 
 
-def pack(integers: Tensor, bits: int) -> Tensor:
-    """int8 [o, n] in [-2^(bits-1), 2^(bits-1)) as uint8 [o, n * bits / 8]: u = y + 2^(bits-1), low bits first."""
-    unsigned = (integers.to(torch.int16) + (1 << bits - 1)).to(torch.uint8)
+def pack(numbers: Tensor, bits: int) -> Tensor:
+    """Numbers [..., n] from 0 to 2^bits - 1, of 4 or 8 bits, as uint8 [..., ceil(n * bits / 8)], low bits first."""
+    numbers = numbers.to(torch.uint8)
     if bits == 8:
-        return unsigned
-    return unsigned[:, 0::2] | unsigned[:, 1::2] << 4
+        return numbers
+    numbers = functional.pad(numbers, (0, numbers.shape[-1] % 2))
+    return numbers[..., 0::2] | numbers[..., 1::2] << 4
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """The numbers of `pack`, int16; of 4 bits always an even count."""
+    packed = packed.to(torch.int16)
+    return packed if bits == 8 else torch.stack([packed & 15, packed >> 4], -1).flatten(-2)

@@ -33,6 +33,7 @@ class PackedProduct(nn.Module):
 
     codes: Tensor
     scales: Tensor
+    zeros: Tensor | None
     bias: Tensor | None
 
     def __init__(self, container: Container, bias: Tensor | None) -> None:
@@ -40,6 +41,7 @@ class PackedProduct(nn.Module):
         self.container = container
         self.register_buffer("codes", container.codes)
         self.register_buffer("scales", container.scales)
+        self.register_buffer("zeros", container.zeros)
         self.register_buffer("bias", None if bias is None else bias.detach())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,8 +53,10 @@ class PackedProduct(nn.Module):
             "block_size": shape.block,
         }
         inputs: tuple[Tensor | None, ...] = (x, self.codes, self.scales)
-        if self.bias is not None:  # the operator's inputs between are zero points and an order of columns: none
-            inputs = (*inputs, None, None, self.bias)
+        if self.bias is not None:  # the input between is an order of columns: none
+            inputs = (*inputs, self.zeros, None, self.bias)
+        elif self.zeros is not None:
+            inputs = (*inputs, self.zeros)
         return torch.onnx.ops.symbolic(
             "com.microsoft::MatMulNBits",
             inputs,

@@ -107,4 +107,6 @@ class QuantizationConfig:
 
 
 def _difference(spec: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in spec.items() if value != default[key]}
+    """The fields of `spec` that differ, also `mixing` where only the default has one."""
+    whole = {"mixing": "none", **spec}
+    return {key: value for key, value in whole.items() if value != default.get(key, "none")}

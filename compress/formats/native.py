@@ -49,11 +49,18 @@ def write_weights(
             writer.add(name, tensor)
 
 
-def write_artifact(folder: Path, source: Path, config: QuantizationConfig, report: dict[str, Any]) -> None:
+def write_artifact(
+    folder: Path,
+    source: Path,
+    config: QuantizationConfig,
+    report: dict[str, Any],
+    changes: Mapping[str, Any] | None = None,
+) -> None:
     """Make a whole artifact of `folder`, which holds the weights already: configuration, what lay beside the weights
-    in `source`, report, card, and last the checksums. The caller staged the folder and publishes it afterwards."""
+    in `source`, report, card, and last the checksums. The caller staged the folder and publishes it afterwards.
+    `changes` are fields of config.json that a transform of the weights asks for."""
     copy_companions(source, folder)
-    write_json(folder / CONFIG, {**read_config(source), "quantization_config": config.to_dict()})
+    write_json(folder / CONFIG, {**read_config(source), **(changes or {}), "quantization_config": config.to_dict()})
     write_json(folder / REPORT, report)
     (folder / CARD).write_text(model_card(model_name(source), report), encoding="utf-8")
     seal(folder)

@@ -8,12 +8,13 @@ use random numbers. Code that comes with a model is never run unless `trust_remo
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     CONFIG_MAPPING,
@@ -139,6 +140,25 @@ def skeleton(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTr
     with torch.device("meta"):
         model: PreTrainedModel = _auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     return model
+
+
+def hollow(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of `config` with its buffers, such as tables of rotations, and parameters on the meta device."""
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = _auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+    return model.eval()
+
+
+def fill_parameters(model: torch.nn.Module, names: Iterable[str], read: Callable[[str], torch.Tensor]) -> None:
+    """Give the parameters `names` of `model` the values that `read` has for them; they need no gradient then."""
+    for name in names:
+        path, _, last = name.rpartition(".")
+        setattr(model.get_submodule(path), last, torch.nn.Parameter(read(name), requires_grad=False))
+
+
+def empty_parameters(model: torch.nn.Module, names: Iterable[str]) -> None:
+    """Take the values of the parameters `names` away: they are on the meta device then."""
+    fill_parameters(model, names, lambda name: torch.empty_like(model.get_parameter(name), device="meta"))
 
 
 def parameter_count(model: torch.nn.Module) -> int:

@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -160,7 +161,8 @@ def _encode_chunk(
     return values.to(torch.int8), gain, coset
 
 
-def level_sums(dim: int, levels: Sequence[int], pulses: int) -> tuple[int, int]:
+@lru_cache(maxsize=256)
+def level_sums(dim: int, levels: tuple[int, ...], pulses: int) -> tuple[int, int]:
     """Bounds of sum t[m_i] over all m of sum K: as t is concave, it is least where few coordinates carry all that they
     can and largest where all carry the same. Compiled encoders pass over gains that it shows to be hopeless."""
     word = [0] * dim

@@ -24,7 +24,7 @@ from compress.plan.quantize import QuantizationPlan, plan_quantization
 from compress.plan.subject import Subject, read_subjects, subject_of
 
 if TYPE_CHECKING:
-    from compress.recipe import DistillRecipe, EvaluateRecipe, Recipe
+    from compress.recipe import DistillRecipe, EvaluateRecipe, QuantizeRecipe, Recipe
 
 BYTES_PER_TRAINED_PARAMETER = 16
 BYTES_PER_ACTIVATION = 68
@@ -153,8 +153,10 @@ def _distill(
 
 def _quantize(plan: QuantizationPlan, source: str | None, out: str | None, device: str) -> StagePlan:
     text = f"{len(plan.matrices)} matrices with {plan.codec} at {plan.bits_per_weight:.4f} bits per weight"
-    notes = ("data-free: no text is used, every weight counts the same",) if plan.data_free else ()
-    return StagePlan("quantize", source, out, text, plan.memory_bytes, (*notes, *_on_the_cpu(device)))
+    if not plan.data_free:
+        text += f", rounded by {plan.rounding}"
+    notes = (*plan.notes, *(_on_the_cpu(device) if plan.data_free else ()))
+    return StagePlan("quantize", source, out, text, plan.memory_bytes, notes)
 
 
 def _rounding(plan: QuantizationPlan | None) -> tuple[str, ...]:
@@ -177,8 +179,9 @@ def _evaluate(part: EvaluateRecipe, source: str | None) -> StagePlan:
 
 def _data(recipe: Recipe) -> tuple[dict[str, str | int], ...]:
     """The fingerprint of every source of data, read once; of installed packages, which are large, only the versions."""
-    parts: Sequence[DistillRecipe | EvaluateRecipe | None] = (recipe.distill, recipe.evaluate)
-    sources = {spec: text_source(spec) for part in parts if part is not None for spec in part.data}
+    parts: Sequence[DistillRecipe | QuantizeRecipe | EvaluateRecipe | None]
+    parts = (recipe.distill, recipe.quantize, recipe.evaluate)
+    sources = {spec: text_source(spec) for part in parts if part is not None for spec in part.data or ()}
     return tuple(
         {"spec": spec, "origin": source.origin} if spec.startswith("packages:") else fingerprint(source).to_dict()
         for spec, source in sources.items()

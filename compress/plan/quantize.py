@@ -1,33 +1,35 @@
 """The plan of a quantization: each matrix with its bits, and the size of the result, known before a weight is read.
 
 A code's size does not depend on the weights, so bits per weight and the bytes of the files are exact; where the student
-is yet to be made from random weights, the bytes leave out the files' headers. Memory is an estimate: one block's
-payloads, and a few working copies of the largest matrix in float32.
+is yet to be made from random weights, the bytes leave out the files' headers. Memory is an estimate (`memory`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from compress.codecs import Codec, codec
+from compress.codecs import codec
+from compress.codecs.base import CodecSpec
+from compress.codecs.registry import codec_of
 from compress.modeling.structure import MatrixView, matrices, require_linear
+from compress.plan.memory import calibrated_memory, nearest_memory
 from compress.plan.subject import Subject
 from compress.quantization.allocation import uniform
-from compress.quantization.target import open_target, predict
+from compress.quantization.options import Ldlq, rounding_of
+from compress.quantization.target import open_target, predict, transformed
+from compress.transforms.incoherence import online_cost
 
 if TYPE_CHECKING:
     from compress.recipe import QuantizeRecipe
-
-WORKING_COPIES = 4
-"""Of the largest matrix while it is rounded, in float32: measured are 14 to 17 bytes a weight, the allocator's gaps
-included, for the weight as stored and in float32, its groups and codes, and what they decode to."""
+    from compress.transforms.fold import Fold
 
 
 @dataclass(frozen=True)
 class MatrixPlan:
-    """One matrix of the target set. `group` names the matrices that share its width; `bytes` is its whole payload."""
+    """One matrix of the target set. `group` names the matrices that share its width; `bytes` is its whole payload;
+    `mixing` the sides that are mixed at run time."""
 
     name: str
     shape: tuple[int, int]
@@ -35,6 +37,7 @@ class MatrixPlan:
     group: str
     codec: str
     width: int
+    mixing: str
     bits_per_weight: float
     bytes: int
 
@@ -48,9 +51,11 @@ class QuantizationPlan:
     model_bits_per_weight: float
     model_bytes: int
     data_free: bool
+    rounding: str
     memory_bytes: int
     codec: str
     containers: tuple[str, ...]
+    notes: tuple[str, ...]
     matrices: tuple[MatrixPlan, ...]
 
 
@@ -58,37 +63,69 @@ def plan_quantization(recipe: QuantizeRecipe, subject: Subject, trust_remote_cod
     """Raises `UsageError` for an unknown codec or option, or when `bits` is out of the codec's reach for this model;
     `ModelError` for a model that cannot be quantized."""
     method = codec(recipe.codec.name, **recipe.codec.options)
+    calibration = recipe.calibration
+    options = None if calibration is None else rounding_of(calibration.name, calibration.options)
     views = matrices(subject.model)
     require_linear(views)
-    widths = uniform(views, method, recipe.bits)
-    rows = tuple(_row(view, method, widths[view.name]) for view in views)
+    if subject.checkpoint is not None:
+        target = open_target(subject.checkpoint.folder, trust_remote_code, recipe.transform)
+        fold, mixing = target.fold, target.mixing
+    else:
+        fold, mixing = transformed(subject.model, views, recipe.transform, 0, subject.model.get_parameter)
+    specs = uniform(views, method, recipe.bits, mixing)
+    rows = tuple(_row(view, specs[view.name]) for view in views)
     weights = sum(view.weights for view in views)
     if subject.checkpoint is not None:
-        target = open_target(subject.checkpoint.folder, trust_remote_code)
-        model_bytes = predict(target, widths, method, recipe.max_shard_bytes).model_bytes
+        model_bytes = predict(target, specs, recipe.max_shard_bytes).model_bytes
     else:
         model_bytes = subject.bytes - weights * subject.model.dtype.itemsize + sum(row.bytes for row in rows)
+    memory = nearest_memory(rows)
+    if isinstance(options, Ldlq):
+        memory = calibrated_memory(subject.model, views, rows, recipe, options)
     return QuantizationPlan(
         bits_target=recipe.bits,
         bits_per_weight=sum(row.bytes for row in rows) * 8 / weights,
         model_bits_per_weight=model_bytes * 8 / subject.parameters,
         model_bytes=model_bytes,
-        data_free=True,
-        memory_bytes=_memory(rows),
+        data_free=recipe.data is None,
+        rounding="nearest" if calibration is None else str(calibration),
+        memory_bytes=memory,
         codec=str(recipe.codec),
-        containers=method.containers(method.spec(rows[0].width)),
+        containers=() if recipe.transform != "none" else method.containers(specs[views[0].name]),
+        notes=tuple(_notes(recipe, subject, views, fold, mixing)),
         matrices=rows,
     )
 
 
-def _row(view: MatrixView, method: Codec, width: int) -> MatrixPlan:
-    spec = method.spec(width)
-    bits = method.bits(spec, view.shape)
-    return MatrixPlan(view.name, view.shape, view.block, view.group, spec.codec, width, bits / view.weights, bits // 8)
+def _row(view: MatrixView, spec: CodecSpec) -> MatrixPlan:
+    bits = codec_of(spec).bits(spec, view.shape)
+    return MatrixPlan(
+        view.name,
+        view.shape,
+        view.block,
+        view.group,
+        spec.codec,
+        spec.width,
+        spec.mixing,
+        bits / view.weights,
+        bits // 8,
+    )
 
 
-def _memory(rows: Sequence[MatrixPlan]) -> int:
-    payloads: dict[int, int] = {}
-    for row in rows:
-        payloads[row.block] = payloads.get(row.block, 0) + row.bytes
-    return max(payloads.values()) + 4 * WORKING_COPIES * max(row.shape[0] * row.shape[1] for row in rows)
+def _notes(
+    recipe: QuantizeRecipe, subject: Subject, views: Sequence[MatrixView], fold: Fold, mixing: Mapping[str, str]
+) -> Iterator[str]:
+    if recipe.data is None:
+        yield "data-free: no text is used, every weight counts the same"
+    if recipe.transform == "none":
+        return
+    cost = online_cost(views, mixing)
+    online = sum(word != "none" for word in mixing.values())
+    yield (
+        f"{recipe.transform}: {online} of {len(views)} matrices are mixed at run time, "
+        f"{100 * cost.relative:.1f} % more multiply-adds a token in the blocks"
+    )
+    yield from (f"not folded: {reason}" for reason in fold.sites.reasons)
+    for name, like in fold.added.items():
+        size = subject.model.get_parameter(like).numel() * subject.model.dtype.itemsize
+        yield f"the head is untied from the embedding: '{name}' adds {size:,} bytes"

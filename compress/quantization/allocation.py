@@ -17,10 +17,10 @@ groups they reach sums that two widths cannot.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from compress.codecs.base import Codec
+from compress.codecs.base import Codec, CodecSpec
 from compress.errors import UsageError
 from compress.modeling.structure import MatrixView
 
@@ -43,13 +43,17 @@ class Group:
     costs: dict[int, int]
 
 
-def uniform(views: Sequence[MatrixView], codec: Codec, bits: float) -> dict[str, int]:
-    """Widths by matrix name with sum(bits of the payloads) <= `bits` * sum(weights), as near as the widths allow.
+def uniform(
+    views: Sequence[MatrixView], codec: Codec, bits: float, mixing: Mapping[str, str] | None = None
+) -> dict[str, CodecSpec]:
+    """Specs by matrix name with sum(bits of the payloads) <= `bits` * sum(weights), as near as the widths allow.
 
-    Every bit that `codec.bits` counts is counted here, scales and padding included. The matrices of a group share a
-    width. Raises `UsageError` when `bits` is outside of what the codec offers for these matrices.
+    Every bit that `codec.bits` counts is counted here, scales, padding and the signs of `mixing` (which sides of each
+    matrix are mixed, by its name) included. The matrices of a group share a width. Raises `UsageError` when `bits` is
+    outside of what the codec offers for these matrices.
     """
-    groups = _groups(views, codec)
+    mixing = mixing or {}
+    groups = _groups(views, codec, mixing)
     widths = list(codec.widths())
     if not widths:
         raise UsageError(
@@ -66,17 +70,25 @@ def uniform(views: Sequence[MatrixView], codec: Codec, bits: float) -> dict[str,
             best = chosen
         if budget - _cost(groups, best) <= CLOSE * weights:
             break
-    return {name: width for group, width in zip(groups, best, strict=True) for name in group.names}
+    return {
+        name: replace(codec.spec(width), mixing=mixing.get(name, "none"))
+        for group, width in zip(groups, best, strict=True)
+        for name in group.names
+    }
 
 
-def _groups(views: Sequence[MatrixView], codec: Codec) -> list[Group]:
+def _groups(views: Sequence[MatrixView], codec: Codec, mixing: Mapping[str, str]) -> list[Group]:
     """Groups in the order in which they are served."""
     members: dict[str, list[MatrixView]] = {}
     for view in views:
         members.setdefault(view.group, []).append(view)
     specs = {width: codec.spec(width) for width in codec.widths()}
-    shapes = {view.shape for view in views}
-    costs = {(shape, width): codec.bits(spec, shape) for shape in shapes for width, spec in specs.items()}
+    sides = {view.name: mixing.get(view.name, "none") for view in views}
+    costs = {
+        (shape, word, width): codec.bits(replace(spec, mixing=word), shape)
+        for shape, word in {(view.shape, sides[view.name]) for view in views}
+        for width, spec in specs.items()
+    }
     last = max(view.block for view in views)
 
     def priority(group: list[MatrixView]) -> tuple[int, int]:
@@ -87,7 +99,7 @@ def _groups(views: Sequence[MatrixView], codec: Codec) -> list[Group]:
         Group(
             tuple(view.name for view in group),
             sum(view.weights for view in group),
-            {width: sum(costs[view.shape, width] for view in group) for width in specs},
+            {width: sum(costs[view.shape, sides[view.name], width] for view in group) for width in specs},
         )
         for group in sorted(members.values(), key=priority)
     ]

@@ -2,42 +2,76 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from compress.codecs import registry
-from compress.codecs.base import Codec, CodecSpec
-from compress.errors import ModelError
+from compress.codecs.base import Codec, QuantizedMatrix
+from compress.errors import ModelError, UsageError
 from compress.events import Events, seconds_left
 from compress.formats.config import QuantizationConfig
-from compress.modeling.loading import load_model, require_unquantized
-from compress.modeling.structure import MatrixView, matrices, read_view, require_linear
+from compress.modeling.loading import load_model, load_tokenizer, require_unquantized
+from compress.modeling.sites import Sites
+from compress.modeling.structure import MatrixView, find_blocks, matrices, read_view, require_linear
 from compress.quantization.allocation import uniform
-from compress.quantization.blocks import by_block, mean_error, quantize_block
+from compress.quantization.blocks import by_block, mean_error
+from compress.quantization.calibrated import Calibration, Scheme
+from compress.quantization.data import CalibrationData, calibration_batches
+from compress.quantization.matrix import MatrixReport, quantize_matrix
 from compress.quantization.modules import PackedLinear, packed_modules
-from compress.quantization.target import untouched
+from compress.quantization.options import Ldlq, Rounding, rounding_of
+from compress.quantization.target import Transform, transformed, untouched
+from compress.recipe.method import parse_method
+from compress.transforms.fold import Fold, fold_model
+from compress.transforms.incoherence import view_signs
+from compress.transforms.matrices import mix_weight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Rounded = tuple[MatrixView, QuantizedMatrix, MatrixReport]
 
 
 def quantize(
     model: nn.Module | str | Path,
     *,
     bits: float = 3.25,
+    data: CalibrationData | None = None,
     codec: str | Codec = "half_pyramid",
+    rounding: str | Rounding | None = None,
+    transform: Transform = "none",
+    rows: int = 128,
+    context: int = 256,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     events: Events | None = None,
 ) -> nn.Module:
     """Quantize the linear maps in the blocks of `model` to at most `bits` a weight on average; returns the model.
 
     `model` is a module, changed in place, or the name of one to be loaded (`builtin:teacher`, a folder, a hub id) in
-    its stored dtype. `codec` is a name or a codec made by `compress.codecs.codec`. Every matrix is rounded to the
-    nearest that the codec has; no data are used. Of a transformers model the config gets a `quantization_config`, so
-    that `save_pretrained` writes an artifact that `from_pretrained` loads.
+    its stored dtype. `codec` is NAME or NAME:key=value,... as on the command line, or a codec made by
+    `compress.codecs.codec`; `rounding` likewise.
+
+    With `data` the rounding is calibrated: `rows` rows of `context` tokens drawn from sources of text by `seed`, or
+    rows of token ids int64 [N, T] as they are. `rounding` is "ldlq" then (`compress.quantization.options.Ldlq` has its
+    options), and without data "nearest": each matrix to the nearest that the codec has. `transform="hadamard"` mixes
+    both sides of every matrix before, folded into the model where that can be, so that other parameters change too.
+    `tokenizer` is that of a model given as a module whose own folder is not known; rows of ids need none.
+
+    Of a transformers model the config gets a `quantization_config`, so that `save_pretrained` writes an artifact that
+    `from_pretrained` loads.
 
     Raises `ModelError` for a model that is quantized already or whose structure is unknown, `UsageError` for a rate
-    that the codec does not have, `NumericsError` for weights that are not finite.
+    that the codec does not have, `DataError` for data of too few tokens, `NumericsError` for weights that are not
+    finite.
     """
     events = events or Events()
     if not isinstance(model, nn.Module):
@@ -48,43 +82,112 @@ def quantize(
         raise ModelError("The model is already quantized.", remedy="Quantize the original model instead.")
     views = matrices(model)
     require_linear(views)
-    rounder = registry.codec(codec) if isinstance(codec, str) else codec
-    widths = uniform(views, rounder, bits)
+    rounder = _codec(codec) if isinstance(codec, str) else codec
+    method = _method(rounding, data)
+    fold, mixing = Fold(Sites()), {view.name: "none" for view in views}
+    if transform != "none":
+        if not isinstance(model, PreTrainedModel):
+            raise UsageError("Only transformers models can be transformed.", remedy='Use transform="none".')
+        fold, mixing = transformed(model, views, transform, seed, model.get_parameter)
+    specs = uniform(views, rounder, bits, mixing)
     ignore = untouched(model, views)
-    stored_bits = _quantize_in_place(model, views, rounder, widths, events)
+    signs = {view.name: view_signs(view, mixing[view.name], seed) for view in views}
+    if isinstance(method, Ldlq):
+        if not isinstance(model, PreTrainedModel):
+            raise UsageError("Only transformers models can be calibrated.", remedy="Leave out the data.")
+        assert data is not None
+        name = str(model.config.name_or_path)
+        batches = calibration_batches(
+            model, data, lambda: tokenizer or load_tokenizer(name), rows=rows, context=context, seed=seed
+        )
     if isinstance(model, PreTrainedModel):
-        specs: dict[str, CodecSpec] = {view.module: rounder.spec(widths[view.name]) for view in views}
-        config = QuantizationConfig.from_specs(specs, ignore, stored_bits / sum(view.weights for view in views))
+        fold_model(model, fold)
+    plain = {name: dataclasses.replace(spec, mixing="none") for name, spec in specs.items()}
+    if isinstance(method, Ldlq):
+        assert isinstance(model, PreTrainedModel)
+        scheme = Scheme(rounder, plain, {name: one.to(model.device) for name, one in signs.items()}, method)
+        blocks = _calibrated(model, by_block(views), Calibration.in_memory(model, batches, scheme))
+    else:
+        blocks = _nearest(model, by_block(views), Scheme(rounder, plain, signs, Ldlq()))
+    stored_bits = _replace(model, blocks, len(by_block(views)), events)
+    if isinstance(model, PreTrainedModel):
+        config = QuantizationConfig.from_specs(
+            {view.module: specs[view.name] for view in views}, ignore, stored_bits / sum(view.weights for view in views)
+        )
         model.config.quantization_config = config.to_dict()
     return model
 
 
-def _quantize_in_place(
-    model: nn.Module, views: list[MatrixView], codec: Codec, widths: dict[str, int], events: Events
-) -> int:
-    """Replace every matrix of `views` by its packed form; the stored bits. The model is whole until a block is done."""
-    blocks = by_block(views)
+def _codec(text: str) -> Codec:
+    method = parse_method(text)
+    return registry.codec(method.name, **method.options)
+
+
+def _method(rounding: str | Rounding | None, data: CalibrationData | None) -> Rounding:
+    if rounding is None:
+        rounding = "nearest" if data is None else "ldlq"
+    if isinstance(rounding, str):
+        asked = parse_method(rounding)
+        rounding = rounding_of(asked.name, asked.options)
+    method = rounding
+    if isinstance(method, Ldlq) and data is None:
+        raise UsageError("Calibrated rounding needs data.", remedy="Pass data=..., such as 'builtin:python/train'.")
+    if not isinstance(method, Ldlq) and data is not None:
+        raise UsageError("Rounding to the nearest uses no data.", remedy="Leave out one of the two.")
+    return method
+
+
+def _nearest(model: nn.Module, blocks: Sequence[list[MatrixView]], scheme: Scheme) -> Iterator[Iterator[Rounded]]:
+    """The rounded matrices of each block."""
+
+    def rounded(views: Sequence[MatrixView]) -> Iterator[Rounded]:
+        for view in views:
+            signs = scheme.signs[view.name]
+            weight = mix_weight(read_view(model.get_parameter(view.parameter), view).detach(), signs, torch.float32)
+            matrix, report = quantize_matrix(view.name, weight, scheme.codec, scheme.specs[view.name])
+            yield view, matrix.mixed(signs), report
+
+    for views in blocks:
+        yield rounded(views)
+
+
+def _calibrated(
+    model: PreTrainedModel, blocks: Sequence[list[MatrixView]], calibration: Calibration
+) -> Iterator[Iterator[Rounded]]:
+    """The same with calibration. The blocks run as copies in float32, of which one is there at a time."""
+    originals = [block for _, block in find_blocks(model)]
+    inputs = calibration.record_inputs(copy.deepcopy(originals[0]).float())
+    for index, views in enumerate(blocks):
+        block = copy.deepcopy(originals[index]).float().requires_grad_(False)
+        yield calibration.round_block(index, block, views, inputs)
+        after = calibration.carry_on(index, block, inputs)
+        inputs.discard()
+        inputs = after
+
+
+def _replace(model: nn.Module, blocks: Iterator[Iterator[Rounded]], total: int, events: Events) -> int:
+    """Replace every matrix by its packed form; the stored bits. The model is whole until a block is done."""
     bits = 0
-    with events.stage("quantize", len(blocks)), torch.no_grad():
+    with events.stage("quantize", total), torch.no_grad():
         started = time.monotonic()
         for index, block in enumerate(blocks, 1):
-            reports = []
-            for view, matrix, report in quantize_block(
-                block, lambda view: read_view(model.get_parameter(view.parameter), view), codec, widths
-            ):
+            reports, packed = [], {}
+            for view, matrix, report in block:
                 linear = model.get_submodule(view.module)
                 if not isinstance(linear, nn.Linear):
                     raise TypeError(f"'{view.module}' is a {type(linear).__name__}, not an nn.Linear")
-                model.set_submodule(view.module, PackedLinear.from_matrix(linear, matrix))
+                packed[view.module] = PackedLinear.from_matrix(linear, matrix)
                 bits += matrix.bits
                 reports.append(report)
+            for name, module in packed.items():
+                model.set_submodule(name, module)
             events.emit(
                 "step",
                 stage="quantize",
                 index=index,
-                total=len(blocks),
+                total=total,
                 name=f"block {index - 1}",
-                seconds_left=seconds_left(started, index, len(blocks)),
+                seconds_left=seconds_left(started, index, total),
                 relative_error=mean_error(reports),
             )
     return bits

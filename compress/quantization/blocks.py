@@ -1,17 +1,11 @@
-"""One block of the model: each of its matrices rounded in turn.
-
-Without calibration data the matrices do not depend on each other, and the order is that of the modules.
-"""
+"""Matrices and their reports by block."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 
-from torch import Tensor
-
-from compress.codecs.base import Codec, QuantizedMatrix
 from compress.modeling.structure import MatrixView
-from compress.quantization.matrix import MatrixReport, quantize_matrix
+from compress.quantization.matrix import MatrixReport
 
 
 def by_block(views: Sequence[MatrixView]) -> list[list[MatrixView]]:
@@ -20,16 +14,6 @@ def by_block(views: Sequence[MatrixView]) -> list[list[MatrixView]]:
     for view in views:
         blocks.setdefault(view.block, []).append(view)
     return [blocks[index] for index in sorted(blocks)]
-
-
-def quantize_block(
-    views: Sequence[MatrixView], read: Callable[[MatrixView], Tensor], codec: Codec, widths: Mapping[str, int]
-) -> Iterator[tuple[MatrixView, QuantizedMatrix, MatrixReport]]:
-    """Round the matrices of one block, one at a time. `read` gives a view's weight [out, in]; `widths` the bits of a
-    group's code by the matrix's name. Raises as `quantize_matrix` does."""
-    for view in views:
-        matrix, report = quantize_matrix(view.name, read(view), codec, codec.spec(widths[view.name]))
-        yield view, matrix, report
 
 
 def mean_error(reports: Sequence[MatrixReport]) -> float:

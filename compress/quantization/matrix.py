@@ -24,7 +24,11 @@ CHUNK_WEIGHTS = 2**20
 
 @dataclass(frozen=True)
 class MatrixReport:
-    """What became of a matrix. `relative_error` as above, `sqnr_db` = -10 log10 of it (None for an exact copy)."""
+    """What became of a matrix. `relative_error` as above, `sqnr_db` = -10 log10 of it (None for an exact copy).
+
+    `calibration`, where there was one: `tokens` summed, `dead_channels` that no token reached, `broken_channels` with
+    NaN or infinity, and `damping` relative to the mean diagonal of the Hessian.
+    """
 
     name: str
     shape: tuple[int, int]
@@ -33,9 +37,11 @@ class MatrixReport:
     relative_error: float
     sqnr_db: float | None
     status: str
+    calibration: dict[str, float] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "shape": list(self.shape)}
+        plain = {**asdict(self), "shape": list(self.shape)}
+        return {name: value for name, value in plain.items() if name != "calibration" or value is not None}
 
 
 def require_finite(name: str, tensor: Tensor) -> None:
@@ -62,6 +68,11 @@ def relative_error(original: Tensor, decoded: Tensor) -> float:
     return error / energy if energy > 0 else math.inf
 
 
+def sqnr(error: float) -> float | None:
+    """The ratio of signal to rounding noise in decibels; None without noise."""
+    return -10 * math.log10(error) if error > 0 else None
+
+
 def _chunks(tensor: Tensor) -> Sequence[Tensor]:
     return tensor.flatten().split(CHUNK_WEIGHTS)
 
@@ -74,7 +85,5 @@ def quantize_matrix(name: str, weight: Tensor, codec: Codec, spec: CodecSpec) ->
     require_finite(name, weight)
     quantized = codec.quantize(weight.float(), spec)
     error = relative_error(weight, quantized.dequantize())
-    sqnr = -10 * math.log10(error) if error > 0 else None
-    return quantized, MatrixReport(
-        name, quantized.shape, spec.codec, quantized.bits_per_weight, error, sqnr, "quantized"
-    )
+    bits = quantized.bits_per_weight
+    return quantized, MatrixReport(name, quantized.shape, spec.codec, bits, error, sqnr(error), "quantized")

@@ -5,6 +5,9 @@ y = x W^T + b. Its state is what is stored: the payload, one flat `int8` tensor 
 and the bias. Where the codec has a product with packed weights, it is prepared at its first use and kept, outside the
 state: memory stays some times that of the payload. Else the weight itself is decoded at its first use and kept: that
 costs as much as many products, and a model that is run at all needs it again.
+
+A mixed matrix holds W' = Qo^T W Qi. Its product with packed weights is y = Qo (W' (Qi^T x)) + b: activations are mixed
+before it and after it. A weight that is decoded and kept is kept in the original basis, where nothing needs mixing.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch.nn import functional
 
 from compress.codecs.base import CodecSpec, Product, QuantizedMatrix
 from compress.codecs.registry import codec_of
+from compress.transforms.signs import Signs
 
 
 class PackedLinear(nn.Module):
@@ -37,6 +41,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("weight", payload)
         self.register_parameter("bias", None)
         self._product: Product | None = None
+        self._signs = Signs()
         self._decoded: Tensor | None = None
 
     @classmethod
@@ -61,13 +66,15 @@ class PackedLinear(nn.Module):
         return QuantizedMatrix.from_payload(self.spec, (self.out_features, self.in_features), self.weight)
 
     def product(self) -> Product | None:
-        """x [R, in] -> x W^T, or None where the weight should be decoded and kept; see `Codec.prepare`."""
+        """x [R, in] -> x W^T in the mixed basis; None where the weight should be decoded and kept (`Codec.prepare`)."""
         if self._product is None and self._decoded is None:
-            self._product = codec_of(self.spec).prepare(self.quantized())
+            matrix = self.quantized()
+            self._signs = matrix.signs
+            self._product = codec_of(self.spec).prepare(matrix.plain)
         return self._product
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
-        """W [out, in] in `dtype`, on the payload's device."""
+        """W [out, in] in the original basis in `dtype`, on the payload's device."""
         if self._decoded is None or self._decoded.dtype != dtype:
             with torch.no_grad():
                 self._decoded = self.quantized().dequantize().to(dtype)
@@ -77,7 +84,8 @@ class PackedLinear(nn.Module):
         multiply = self.product()
         if multiply is None:
             return functional.linear(x, self.decoded(x.dtype), self.bias)
-        y = multiply(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
+        rows = self._signs.mix_inputs(x.reshape(-1, self.in_features))
+        y = self._signs.unmix_outputs(multiply(rows)).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
     def to_linear(self, dtype: torch.dtype) -> nn.Linear:
@@ -89,7 +97,8 @@ class PackedLinear(nn.Module):
         return linear
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, codec={self.spec.codec}, width={self.spec.width}"
+        mixing = "" if self.spec.mixing == "none" else f", mixing={self.spec.mixing}"
+        return f"{self.in_features}, {self.out_features}, codec={self.spec.codec}, width={self.spec.width}{mixing}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._product = self._decoded = None  # the payload moves; what was read on the old device is void

@@ -1,11 +1,12 @@
 """Quantizing a checkpoint block by block, from folder to folder.
 
-    for each block: read a matrix -> round it -> measure it -> keep its payload; write the block's file; commit
+    for each block: read -> round each matrix -> measure it -> keep its payload; write the block's file; commit
     then: copy everything else and the payloads into the artifact, tensor by tensor; publish
 
-In memory are one matrix with its codes and what they decode to, and one block's payloads; of the tensors that are
-copied, one. A block that was committed is not done
-again: killed at any moment, the next run with the same work folder continues and ends with the same bytes.
+In memory are, without calibration, one matrix with its codes and what they decode to, and one block's payloads; with
+calibration what `compress.quantization.calibrated` says; of the tensors that are copied, one. A block that was
+committed is not done again: killed at any moment, the next run with the same work folder continues and ends with the
+same bytes.
 """
 
 from __future__ import annotations
@@ -19,18 +20,19 @@ from typing import Any
 
 from torch import Tensor
 
-from compress.codecs.base import Codec
+from compress.codecs.base import Codec, CodecSpec
 from compress.errors import ArtifactError, ModelError, UsageError
 from compress.events import Events, seconds_left
 from compress.formats.config import QuantizationConfig
 from compress.formats.native import write_artifact, write_weights
 from compress.modeling.io import stream_tensors
-from compress.modeling.structure import MatrixView, read_view
+from compress.modeling.structure import MatrixView
 from compress.modeling.writer import MAX_SHARD_BYTES, write_tensors
 from compress.ops import backend
-from compress.quantization.blocks import by_block, mean_error, quantize_block
+from compress.quantization.blocks import by_block, mean_error
 from compress.quantization.matrix import MatrixReport, require_finite
-from compress.quantization.target import Target, entries, open_target, predict
+from compress.quantization.rounders import CalibratedRounder, CalibrationOptions, NearestRounder, Rounder
+from compress.quantization.target import Target, Transform, entries, open_target, predict
 from compress.storage import check_free, disk_errors, stage_beside
 from compress.workspace import Workspace
 
@@ -40,18 +42,22 @@ STAGE = "quantize"
 def quantize_checkpoint(
     source: Path,
     out: Path,
-    widths: Mapping[str, int],
+    specs: Mapping[str, CodecSpec],
     codec: Codec,
     workspace: Workspace,
     events: Events,
     *,
+    calibration: CalibrationOptions | None = None,
+    transform: Transform = "none",
+    seed: int = 0,
     bits_target: float | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Quantize the model in `source` into the artifact `out` and return its report, which is also `out/report.json`.
 
-    `widths` gives each matrix of the target set its code width. Units of `workspace` named `quantize/...` are used.
+    `specs` gives each matrix of the target set what it is stored as. Without `calibration` each is rounded to the
+    nearest. Units of `workspace` named `quantize/...` are used.
     Raises `ModelError`, `NumericsError` or `CodecError` for what cannot be quantized, `UsageError` when `out` is
     taken or, like the work folder, inside `source`, `WorkspaceError` on a full disk; `out` then does not exist.
     """
@@ -61,24 +67,27 @@ def quantize_checkpoint(
         return report
     _check_outside(source, out, workspace)
     check_free(out, workspace.overwrite)
-    target = open_target(source, trust_remote_code)
-    _check_widths(target, widths)
+    target = open_target(source, trust_remote_code, transform, seed)
+    _check_specs(target, specs)
     _check_finite(target, workspace)
     blocks = by_block(target.views)
+    rounder: Rounder = NearestRounder(target, codec, specs)
+    if calibration is not None:
+        rounder = CalibratedRounder(target, codec, specs, calibration, workspace, trust_remote_code)
     with events.stage(STAGE, len(blocks)):
-        records = _quantize_blocks(target, blocks, widths, codec, workspace, events)
-    report = _report(target, widths, codec, records, bits_target, max_shard_bytes)
+        records = _quantize_blocks(blocks, rounder, workspace, events)
+    report = _report(target, specs, records, bits_target, max_shard_bytes)
     staged = stage_beside(out)
     started = time.monotonic()
     with disk_errors(out):
         staged.mkdir()
         tensors = _assemble(target, [_unit_file(workspace, index) for index in range(len(blocks))])
-        write_weights(staged, entries(target, widths, codec), tensors, max_shard_bytes)
-        specs = {view.module: codec.spec(widths[view.name]) for view in target.views}
-        config = QuantizationConfig.from_specs(specs, target.ignore, report["bits_per_weight"])
+        write_weights(staged, entries(target, specs), tensors, max_shard_bytes)
+        stored = {view.module: specs[view.name] for view in target.views}
+        config = QuantizationConfig.from_specs(stored, target.ignore, report["bits_per_weight"])
         report["seconds"] = sum(record["seconds"] for record in records) + time.monotonic() - started
         report["peak_rss_bytes"] = max(peak_rss_bytes(), *(record["peak_rss_bytes"] for record in records))
-        write_artifact(staged, source, config, report)
+        write_artifact(staged, source, config, report, target.fold.config_changes)
     workspace.publish(f"{STAGE}/artifact", staged, out, {"report": report})
     return report
 
@@ -90,24 +99,16 @@ def peak_rss_bytes() -> int:
 
 
 def _quantize_blocks(
-    target: Target,
-    blocks: Sequence[list[MatrixView]],
-    widths: Mapping[str, int],
-    codec: Codec,
-    workspace: Workspace,
-    events: Events,
+    blocks: Sequence[list[MatrixView]], rounder: Rounder, workspace: Workspace, events: Events
 ) -> list[dict[str, Any]]:
     """The record of every block, done now or in an earlier run."""
-    records = []
-    started, fresh = time.monotonic(), 0
+    records: list[dict[str, Any]] = []
+    first = rounder.first([workspace.done(_unit(index)) is not None for index in range(len(blocks))])
+    started = time.monotonic()
     for index, views in enumerate(blocks):
-        unit = f"{STAGE}/{index:05d}"
-        record = workspace.done(unit)
+        record = workspace.done(_unit(index)) if index < first else None
         if record is None:
-            path = _unit_file(workspace, index)
-            record = _quantize_one(target, views, widths, codec, path)
-            workspace.commit(unit, [path], record)
-            fresh += 1
+            record = _quantize_one(index, views, rounder, workspace)
         records.append(record)
         events.emit(
             "step",
@@ -115,49 +116,48 @@ def _quantize_blocks(
             index=index + 1,
             total=len(blocks),
             name=f"block {index}",
-            seconds_left=seconds_left(started, fresh, fresh + len(blocks) - index - 1),
+            seconds_left=seconds_left(started, index + 1 - first, len(blocks) - first),
             relative_error=mean_error([_matrix_report(row) for row in record["matrices"]]),
         )
+    rounder.close()
     return records
 
 
-def _quantize_one(
-    target: Target, views: Sequence[MatrixView], widths: Mapping[str, int], codec: Codec, path: Path
-) -> dict[str, Any]:
-    """Quantize one block into the file `path`; its record."""
+def _quantize_one(index: int, views: Sequence[MatrixView], rounder: Rounder, workspace: Workspace) -> dict[str, Any]:
+    """Quantize one block and commit it; its record."""
     started = time.monotonic()
-
-    def read(view: MatrixView) -> Tensor:
-        return read_view(target.checkpoint.read(target.stored[view.parameter]), view)
-
+    path = _unit_file(workspace, index)
     payloads, reports = {}, []
-    for view, matrix, report in quantize_block(views, read, codec, widths):
+    for view, matrix, report in rounder.round_block(index, views):
         payloads[view.parameter] = matrix.payload()
         reports.append(report.to_dict())
     with disk_errors(path):
         write_tensors(path, payloads)
-    return {"matrices": reports, "seconds": time.monotonic() - started, "peak_rss_bytes": peak_rss_bytes()}
+    carried = rounder.carry_on(index)
+    record = {"matrices": reports, "seconds": time.monotonic() - started, "peak_rss_bytes": peak_rss_bytes()}
+    workspace.commit_all({_unit(index): ([path], record), **carried})
+    rounder.committed(index)
+    return record
 
 
 def _assemble(target: Target, unit_files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of the artifact, one at a time: first those that stay, then each block's payloads."""
+    """All tensors of the artifact, one at a time: first those that are not packed, then each block's payloads."""
     packed = {view.parameter for view in target.views}
-    for name, stored in target.stored.items():
+    for name in (*target.stored, *target.fold.added):
         if name not in packed:
-            yield name, target.checkpoint.read(stored)
+            yield name, target.read(name)
     for path in unit_files:
         yield from stream_tensors(path, ArtifactError)
 
 
 def _report(
     target: Target,
-    widths: Mapping[str, int],
-    codec: Codec,
+    specs: Mapping[str, CodecSpec],
     records: Sequence[Mapping[str, Any]],
     bits_target: float | None,
     max_shard_bytes: int,
 ) -> dict[str, Any]:
-    size = predict(target, widths, codec, max_shard_bytes)
+    size = predict(target, specs, max_shard_bytes)
     return {
         "bits_target": bits_target,
         "bits_per_weight": size.bits_per_weight,
@@ -188,14 +188,18 @@ def _check_outside(source: Path, out: Path, workspace: Workspace) -> None:
             raise UsageError(f"'{folder}' is inside the model's folder '{source}'.", remedy=f"Name another {option}.")
 
 
-def _check_widths(target: Target, widths: Mapping[str, int]) -> None:
+def _check_specs(target: Target, specs: Mapping[str, CodecSpec]) -> None:
     names = {view.name for view in target.views}
-    if names != widths.keys():
-        wrong = sorted(names ^ widths.keys())
+    if names != specs.keys():
+        wrong = sorted(names ^ specs.keys())
         raise ModelError(
             f"The plan and the model in '{target.source}' differ in {len(wrong)} matrices, such as '{wrong[0]}'.",
             remedy="Plan again for this model.",
         )
+
+
+def _unit(index: int) -> str:
+    return f"{STAGE}/{index:05d}"
 
 
 def _unit_file(workspace: Workspace, index: int) -> Path:

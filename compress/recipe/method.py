@@ -10,9 +10,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, ValidationError, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
+
+from compress.errors import UsageError
 
 Option = bool | int | float | str | None
 
@@ -68,3 +70,11 @@ class Method(BaseModel):
             for key, value in self.options.items()
         )
         return f"{self.name}:{options}" if options else self.name
+
+
+def parse_method(text: str) -> Method:
+    """The method that `text` names. Raises `UsageError` for a text of another form."""
+    try:
+        return Method.model_validate(text)
+    except ValidationError as error:
+        raise UsageError(f"'{text}' names no method.", remedy="Write NAME or NAME:key=value,key=value.") from error

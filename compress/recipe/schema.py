@@ -7,10 +7,11 @@ of several writes `out/distilled`, `out/quantized`, `out/<format>`, and `out/rep
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from compress.recipe.method import Method
 
@@ -20,6 +21,17 @@ DataList = Annotated[
     list[Text], BeforeValidator(lambda value: [value] if isinstance(value, str) else value), Field(min_length=1)
 ]
 """One source of data or several, one after the other; a single string may stand for a list of one."""
+
+
+UNITS = {"": 1, "B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a number with a decimal unit: `500MB`, `1.5 GB`, `64000000`. Raises `ValueError` for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?B)?", text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is no number of bytes, such as 500MB or 2GB")
+    return round(float(match[1]) * UNITS[match[2] or ""])
 
 
 class Part(BaseModel):
@@ -73,7 +85,35 @@ class QuantizeRecipe(Part):
     codec: Method = Field(
         Method(name="half_pyramid"), description="how a matrix becomes bits; pyramid where the result is exported"
     )
+    data: DataList | None = Field(None, description="sources of text for calibration; without, rounding uses none")
+    rows: Count = Field(128, description="rows of calibration data; of an encoder's, as many tokens as these rows")
+    context: int = Field(256, ge=2, description="tokens of a row")
+    rounding: Method | None = Field(
+        None, description="nearest, or ldlq[:key=value,...], which needs data; by default what the data allow"
+    )
+    transform: Literal["none", "hadamard"] = Field("none", description="what mixes the matrices before rounding")
+    memory: Text = Field("2GB", description="hidden states that are kept in memory; more than that goes to disk")
     max_shard_bytes: Count = Field(5_000_000_000, description="size at which a new weight file is begun")
+
+    @field_validator("memory")
+    @classmethod
+    def _memory(cls, text: str) -> str:
+        parse_bytes(text)
+        return text
+
+    @model_validator(mode="after")
+    def _rounding_has_data(self) -> QuantizeRecipe:
+        if self.rounding is not None and (self.rounding.name == "nearest") != (self.data is None):
+            what = "uses no data" if self.rounding.name == "nearest" else "needs `data`"
+            raise ValueError(f"the rounding {self.rounding.name} {what}")
+        return self
+
+    @property
+    def calibration(self) -> Method | None:
+        """The rounding that uses data; None for rounding to the nearest."""
+        if self.data is None:
+            return None
+        return self.rounding or Method(name="ldlq")
 
 
 class ExportRecipe(Part):

@@ -172,3 +172,48 @@ def test_the_worked_example_of_a_half_pyramid() -> None:
     values = [int(v) for v in re.findall(r"v = .* = ([-\d ]+)\n", text)[0].split()]
     assert matrix.integers()[0].tolist() == [values]
     assert decode_half(description, 1, 8, payload) == matrix.dequantize().tolist()
+
+
+def decode_integers(description: dict[str, object], rows: int, columns: int, payload: bytes) -> list[list[float]]:
+    width, options = int(description["width"]), description["options"]
+    size = min(options["group"] or columns, columns)
+    groups, fixed = (columns + size - 1) // size, options["symmetric"] or width == 8
+    scales = struct.unpack(f"<{rows * groups}e", payload[: 2 * rows * groups])
+    start = 2 * rows * groups
+    points = 0 if fixed else (rows * groups * width + 7) // 8
+    zeros = int.from_bytes(payload[start : start + points], "little")
+    codes = int.from_bytes(payload[start + points :], "little")
+    assert len(payload) == start + points + (rows * columns * width + 7) // 8
+    weight, mask = [], (1 << width) - 1
+    for r in range(rows):
+        row = []
+        for c in range(columns):
+            group = r * groups + c // size
+            z = 1 << width - 1 if fixed else zeros >> group * width & mask
+            row.append(fl32(scales[group] * ((codes >> (r * columns + c) * width & mask) - z)))
+        weight.append(row)
+    return weight
+
+
+@pytest.mark.parametrize("width", range(2, 9))
+@pytest.mark.parametrize("options", [{}, {"group": 8, "symmetric": True}, {"group": 0}, {"group": 13}], ids=str)
+def test_a_decoder_written_from_the_text_reads_group_integers(options: dict[str, object], width: int) -> None:
+    rounder = codec("integer", **options)
+    weight = torch.randn(5, 45, generator=torch.Generator().manual_seed(width))
+    weight[3] = 0
+    matrix = rounder.quantize(weight, rounder.spec(width))
+    raw = matrix.payload().view(torch.uint8).numpy().tobytes()
+    assert torch.equal(torch.tensor(decode_integers(matrix.spec.to_dict(), 5, 45, raw)), matrix.dequantize())
+
+
+def test_the_worked_example_of_group_integers() -> None:
+    text = (ROOT / "docs/formats.md").read_text().split("#### A worked example of group integers")[1]
+    weight = torch.tensor([[float(v) for v in re.findall(r"\n    ([-\d. ]+)\n", text)[0].split()]])
+    description = json.loads(re.findall(r"`(\{.*\})`", text)[0])
+    payload = bytes.fromhex(re.findall(r"```\n([0-9a-f ]+)\n```", text)[0])
+    spec = CodecSpec.from_dict(description)
+    matrix = codec("integer", **spec.options).quantize(weight, spec)
+    assert matrix.payload().view(torch.uint8).numpy().tobytes() == payload
+    integers = [int(v) for v in re.findall(r"q - z = ([-\d ]+)\n", text)[0].split()]
+    assert matrix.integers()[0][:, :12].tolist() == [integers]
+    assert decode_integers(description, 1, 12, payload) == matrix.dequantize().tolist()

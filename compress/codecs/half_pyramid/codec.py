@@ -21,7 +21,19 @@ import torch
 from torch import Tensor
 
 from compress import ops
-from compress.codecs.base import Codec, CodecSpec, FieldLayout, Option, Product, QuantizedMatrix, exact_containers
+from compress.codecs.base import (
+    Codec,
+    CodecSpec,
+    FieldLayout,
+    GainRule,
+    Option,
+    Product,
+    QuantizedMatrix,
+    Rounding,
+    exact_containers,
+)
+from compress.codecs.finite import finite_matrix
+from compress.codecs.group_rounding import GroupCodec, GroupRounding
 from compress.codecs.half_pyramid.product import PackedProduct
 from compress.codecs.half_pyramid.table import VERSION, Entry, Key, shipped_tables
 from compress.codecs.registry import register_codec
@@ -103,19 +115,35 @@ class HalfPyramidCodec(Codec):
         )
 
     def quantize(self, weight: Tensor, spec: CodecSpec) -> QuantizedMatrix:
+        weight = finite_matrix(weight)
+        codec = self._groups((weight.shape[0], weight.shape[1]), spec, weight.device)
+        return codec.pack(*encode_matrix(weight, spec.dim, codec.encode))
+
+    def rounding(
+        self,
+        shape: tuple[int, int],
+        spec: CodecSpec,
+        device: torch.device,
+        gain: GainRule = "projection",
+        search: bool = True,
+    ) -> Rounding:
+        return GroupRounding(shape, self._groups(shape, spec, device), gain, search)
+
+    def _groups(self, size: tuple[int, int], spec: CodecSpec, device: torch.device) -> GroupCodec:
         shape = entry_of(spec).shape
-        gains = torch.tensor(shape.gains, dtype=torch.float32, device=weight.device)
+        gains = torch.tensor(shape.gains, dtype=torch.float32, device=device)
+        names = [part.name for part in self.layout(spec, size)]
 
         def encode(x: Tensor, scale: Tensor) -> Groups:
             values, gain, coset = ops.half_pyramid_encode(x, scale, shape)
             return Groups(values, gains[gain], (gain, coset))
 
-        scale, rows, groups = encode_matrix(weight, spec.dim, encode)
-        gain, coset = groups.fields
-        planes = ops.half_pyramid_pack(groups.values, gain, coset, shape, spec.width)
-        size = (weight.shape[0], weight.shape[1])
-        names = [part.name for part in self.layout(spec, size)]
-        return QuantizedMatrix(spec, size, dict(zip(names, (scale, rows, *planes), strict=True)))
+        def pack(scale: Tensor, rows: Tensor, groups: Groups) -> QuantizedMatrix:
+            gain, coset = groups.fields
+            planes = ops.half_pyramid_pack(groups.values, gain, coset, shape, spec.width)
+            return QuantizedMatrix(spec, size, dict(zip(names, (scale, rows, *planes), strict=True)))
+
+        return GroupCodec(spec.dim, gains, encode, pack)
 
     def integers(self, matrix: QuantizedMatrix) -> tuple[Tensor, Tensor]:
         shape, (rows, columns) = entry_of(matrix.spec).shape, matrix.shape

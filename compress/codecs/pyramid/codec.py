@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from compress import ops
-from compress.codecs.base import Codec, CodecSpec, FieldLayout, QuantizedMatrix, exact_containers
+from compress.codecs.base import Codec, CodecSpec, FieldLayout, GainRule, QuantizedMatrix, Rounding, exact_containers
+from compress.codecs.finite import finite_matrix
+from compress.codecs.group_rounding import GroupCodec, GroupRounding
 from compress.codecs.pyramid.table import VERSION, Shape, shipped_tables
 from compress.codecs.registry import register_codec
 from compress.codecs.row_search import Groups, encode_matrix
@@ -87,17 +89,19 @@ class PyramidCodec(Codec):
         )
 
     def quantize(self, weight: Tensor, spec: CodecSpec) -> QuantizedMatrix:
-        shape = shape_of(spec)
-        levels = shape.level_tensor().to(weight.device)
+        weight = finite_matrix(weight)
+        codec = _groups((weight.shape[0], weight.shape[1]), spec, weight.device)
+        return codec.pack(*encode_matrix(weight, spec.dim, codec.encode))
 
-        def encode(x: Tensor, scale: Tensor) -> Groups:
-            y, gain = ops.pyramid_encode(x, scale, levels, shape.pulses, shape.limit)
-            return Groups(y, levels[gain], (gain,))
-
-        scale, rows, groups = encode_matrix(weight, spec.dim, encode)
-        index = ops.pyramid_rank(groups.values, shape.pulses, shape.limit)
-        codes = ops.pack_bits(index * len(shape.levels) + groups.fields[0], spec.width)
-        return QuantizedMatrix(spec, (weight.shape[0], weight.shape[1]), {"scale": scale, "rows": rows, "codes": codes})
+    def rounding(
+        self,
+        shape: tuple[int, int],
+        spec: CodecSpec,
+        device: torch.device,
+        gain: GainRule = "projection",
+        search: bool = True,
+    ) -> Rounding:
+        return GroupRounding(shape, _groups(shape, spec, device), gain, search)
 
     def integers(self, matrix: QuantizedMatrix) -> tuple[Tensor, Tensor]:
         spec, shape = matrix.spec, shape_of(matrix.spec)
@@ -112,6 +116,22 @@ class PyramidCodec(Codec):
 
     def containers(self, spec: CodecSpec) -> tuple[str, ...]:
         return exact_containers(spec.dim, shape_of(spec).limit)
+
+
+def _groups(size: tuple[int, int], spec: CodecSpec, device: torch.device) -> GroupCodec:
+    shape = shape_of(spec)
+    levels = shape.level_tensor().to(device)
+
+    def encode(x: Tensor, scale: Tensor) -> Groups:
+        y, gain = ops.pyramid_encode(x, scale, levels, shape.pulses, shape.limit)
+        return Groups(y, levels[gain], (gain,))
+
+    def pack(scale: Tensor, rows: Tensor, groups: Groups) -> QuantizedMatrix:
+        index = ops.pyramid_rank(groups.values, shape.pulses, shape.limit)
+        codes = ops.pack_bits(index * len(shape.levels) + groups.fields[0], spec.width)
+        return QuantizedMatrix(spec, size, {"scale": scale, "rows": rows, "codes": codes})
+
+    return GroupCodec(spec.dim, levels, encode, pack)
 
 
 def shape_of(spec: CodecSpec) -> Shape:

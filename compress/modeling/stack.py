@@ -1,0 +1,164 @@
+"""Running a model one block at a time, as the model itself would.
+
+A block gets hidden states and much else: masks, positions, rotations. What exactly differs from family to family, so it
+is not rebuilt here but recorded: the model runs with a `Recorder` in the place of each block, which keeps what the
+block is called with and hands the hidden states on. Nothing is traced; blocks are ordinary modules before and after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from transformers import PreTrainedModel
+
+from compress.errors import ModelError
+from compress.modeling.structure import find_blocks
+
+Batch = Mapping[str, Tensor]
+"""The model's inputs: `input_ids` int64 [B, T], and where rows are filled up `attention_mask` int64 [B, T]."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a block is called with after the hidden states, floats in float32."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The block's hidden states [B, T, d]."""
+        return _hidden(block(hidden, *self.args, **self.kwargs))
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One batch: the hidden states float32 [B, T, d] that the first block gets, and each block's call."""
+
+    hidden: Tensor
+    calls: tuple[Call, ...]
+
+
+class _Enough(Exception):
+    """Raised by a recorder to end the model's forward pass."""
+
+
+class Recorder(nn.Module):
+    """Stands in the place of `block` in a model that is run for what its blocks are called with."""
+
+    def __init__(self, block: nn.Module, log: list[tuple[Tensor, Call]], last: bool, tuples: bool) -> None:
+        super().__init__()
+        self.block = block
+        self._log, self._last, self._tuples = log, last, tuples
+
+    def __getattr__(self, name: str) -> Any:
+        """Facts that a model asks of its blocks, such as the kind of attention, are those of the block."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("block"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+        self._log.append((hidden, Call(tuple(rest), kwargs)))
+        if self._last:
+            raise _Enough
+        return (hidden,) if self._tuples else hidden
+
+
+def record(model: PreTrainedModel, batches: Sequence[Batch], first: nn.Module) -> Iterator[Recording]:
+    """What the blocks of `model` are called with for each of `batches`, one recording at a time.
+
+    Everything before the blocks must have its weights; the blocks themselves are not run, so they may be on the meta
+    device, but for `first`, the first one with its weights in float32, which tells what blocks return. Tensors that are
+    the same for all batches are held once. Raises `ModelError` for a model whose blocks are called in a way that is not
+    understood: not each once, with hidden states first.
+    """
+    blocks = len(find_blocks(model))
+    tuples = _returns_tuples(model, batches[0], first)
+    shared: tuple[Call, ...] | None = None
+    for batch in batches:
+        log = _run(model, batch, ends_at=blocks - 1, tuples=tuples)
+        if len(log) != blocks:
+            raise _strange(model, f"{len(log)} calls of {blocks} blocks")
+        known: dict[int, Any] = {}
+        calls = tuple(_plain(call, known) for _, call in log)
+        shared = calls if shared is None else tuple(_share(*pair) for pair in zip(calls, shared, strict=True))
+        yield Recording(log[0][0].to(torch.float32), shared)
+
+
+def _returns_tuples(model: PreTrainedModel, batch: Batch, first: nn.Module) -> bool:
+    log = _run(model, batch, ends_at=0, tuples=False)
+    if not log:
+        raise _strange(model, "they are not called at all")
+    hidden, call = log[0][0].to(torch.float32), _plain(log[0][1], {})
+    with torch.no_grad():
+        output = first(hidden, *call.args, **call.kwargs)
+    if _hidden(output).shape != hidden.shape:
+        raise _strange(model, f"one makes {list(_hidden(output).shape)} of {list(hidden.shape)}")
+    return isinstance(output, tuple)
+
+
+def _run(model: PreTrainedModel, batch: Batch, ends_at: int, tuples: bool) -> list[tuple[Tensor, Call]]:
+    """The calls of the blocks up to number `ends_at`."""
+    log: list[tuple[Tensor, Call]] = []
+    body = model.base_model
+    options = {"use_cache": False} if model.can_generate() else {}
+    with _recorders(model, log, ends_at, tuples), torch.no_grad(), suppress(_Enough):
+        body(**batch, **options)
+    return log
+
+
+@contextmanager
+def _recorders(model: nn.Module, log: list[tuple[Tensor, Call]], ends_at: int, tuples: bool) -> Iterator[None]:
+    blocks = find_blocks(model)
+    try:
+        for index, (name, block) in enumerate(blocks):
+            model.set_submodule(name, Recorder(block, log, index == ends_at, tuples))
+        yield
+    finally:
+        for name, block in blocks:
+            model.set_submodule(name, block)
+
+
+def _hidden(output: Any) -> Tensor:
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def _plain(call: Call, known: dict[int, Any]) -> Call:
+    """The call with its floats in float32; a tensor that `known` has, by identity, is converted once."""
+
+    def convert(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if id(leaf) not in known:
+            known[id(leaf)] = (leaf.to(torch.float32) if leaf.is_floating_point() else leaf, leaf)
+        return known[id(leaf)][0]
+
+    return Call(tree_map(convert, call.args), tree_map(convert, dict(call.kwargs)))
+
+
+def _share(call: Call, before: Call) -> Call:
+    """`call`, with the tensors of the call `before` where they are equal."""
+
+    def choose(new: Any, old: Any) -> Any:
+        same = isinstance(new, Tensor) and isinstance(old, Tensor) and new.shape == old.shape and torch.equal(new, old)
+        return old if same else new
+
+    if len(call.args) != len(before.args) or call.kwargs.keys() != before.kwargs.keys():
+        return call
+    args = tuple(tree_map(choose, new, old) for new, old in zip(call.args, before.args, strict=True))
+    return Call(args, {name: tree_map(choose, value, before.kwargs[name]) for name, value in call.kwargs.items()})
+
+
+def _strange(model: nn.Module, what: str) -> ModelError:
+    return ModelError(
+        f"The blocks of {type(model).__name__} cannot be run one by one: {what}.",
+        remedy="Quantize it without data.",
+    )

@@ -1,0 +1,321 @@
+"""One block after the other, each rounded for the inputs that it will get.
+
+    hidden states of the block before -> for each input within the block: its moments over all batches, then the
+    matrices that read it, rounded -> the block's outputs, which are the inputs of the next
+
+The inputs are those of the model as far as it is rounded, within the block too: what the query is rounded to shapes
+what the output projection gets. Beside them the original model's hidden states are carried along where rounding aims at
+the original outputs. In memory are the block twice in float32, the moments of one input with their factor, and of the
+hidden states what the budget allows.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compress.codecs.base import Codec, CodecSpec, GainRule, QuantizedMatrix
+from compress.errors import NumericsError
+from compress.modeling.stack import Batch, Call, record
+from compress.modeling.structure import MatrixView, find_blocks
+from compress.quantization.activations import Activations
+from compress.quantization.hessian import Factor, Moments, factorize, output_error
+from compress.quantization.inputs import inputs_of, shared_inputs, token_rows
+from compress.quantization.ldlq import Order, round_matrix
+from compress.quantization.matrix import MatrixReport, quantize_matrix, sqnr
+from compress.quantization.options import Ldlq
+from compress.transforms.matrices import mix_moment, mix_weight
+from compress.transforms.signs import Signs
+
+IN_MEMORY = 4 << 30
+"""Bytes of inputs that are kept for a model in memory."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How the matrices of a model are rounded: the codec, each matrix's spec and signs by its name, the options."""
+
+    codec: Codec
+    specs: Mapping[str, CodecSpec]
+    signs: Mapping[str, Signs]
+    options: Ldlq
+
+
+class BlockInputs:
+    """The hidden states before a block, batch by batch: of the rounded model, and of the original one if asked for."""
+
+    def __init__(self, rounded: Activations, original: Activations | None) -> None:
+        self.rounded, self.original = rounded, original
+
+    @property
+    def both(self) -> tuple[Activations, ...]:
+        return (self.rounded,) if self.original is None else (self.rounded, self.original)
+
+    @property
+    def files(self) -> list[Path]:
+        return [stream.path for stream in self.both if stream.path is not None]
+
+    def discard(self) -> None:
+        for stream in self.both:
+            stream.discard()
+
+
+class Calibration:
+    """A model on its way through calibrated rounding. `record_inputs` begins, `round_block` and `carry_on` take turns.
+
+    `place(index, stream)` names the file for the hidden states before a block, or None to keep them in memory.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batches: Sequence[Batch],
+        scheme: Scheme,
+        device: torch.device,
+        budget: int,
+        place: Callable[[int, str], Path | None],
+    ) -> None:
+        self._model, self._batches, self._scheme = model, batches, scheme
+        self._device, self._budget, self._place = device, budget, place
+        self._prefixes = [name for name, _ in find_blocks(model)]
+        self._calls: list[tuple[Call, ...]] = []
+        self._shapes: list[tuple[int, ...]] = []
+        masks = (batch.get("attention_mask") for batch in batches)
+        self._original: nn.Module | None = None
+        self._sources: list[_Inputs] = []
+        self._masks = [None if mask is None else mask.bool().to(device) for mask in masks]
+
+    @classmethod
+    def in_memory(cls, model: PreTrainedModel, batches: Sequence[Batch], scheme: Scheme) -> Calibration:
+        """One that keeps all hidden states in memory, on the model's device."""
+        return cls(model, batches, scheme, model.device, IN_MEMORY, lambda index, stream: None)
+
+    def record_inputs(self, first: nn.Module) -> BlockInputs:
+        """Run what comes before the blocks; `first` is the first block with its weights in float32."""
+        hidden = []
+        for recording in record(self._model, [_to(batch, self._device) for batch in self._batches], first):
+            self._calls.append(recording.calls)
+            self._shapes.append(tuple(recording.hidden.shape))
+            hidden.append(recording.hidden)
+        inputs = self._fresh(0)
+        for tensor in hidden:
+            for stream in inputs.both:
+                stream.write(tensor)
+        return _closed(inputs)
+
+    def reopen(self, index: int) -> BlockInputs:
+        """The inputs of block `index` that an earlier process wrote; `record_inputs` has been called."""
+        paths = [self._place(index, stream) for stream in self._streams]
+        found = [Activations.reopen(self._shapes, path) for path in paths if path is not None]
+        return BlockInputs(found[0], found[1] if len(found) > 1 else None)
+
+    @property
+    def _streams(self) -> tuple[str, ...]:
+        return ("rounded", "original") if self._scheme.options.asymmetric else ("rounded",)
+
+    def _fresh(self, index: int) -> BlockInputs:
+        share = self._budget // (
+            4 * len(self._streams)
+        )  # those of two blocks at once; the rest for what is kept in one
+        made = [Activations(self._shapes, share, self._place(index, stream)) for stream in self._streams]
+        return BlockInputs(made[0], made[1] if len(made) > 1 else None)
+
+    @torch.no_grad()
+    def round_block(
+        self, index: int, block: nn.Module, views: Sequence[MatrixView], inputs: BlockInputs
+    ) -> Iterator[tuple[MatrixView, QuantizedMatrix, MatrixReport]]:
+        """Round the matrices of block `index`, in the order in which they are called, in place: `block`, whose weights
+        are float32, has the rounded ones at the end. Raises `NumericsError` as the options say."""
+        options = self._scheme.options
+        original = copy.deepcopy(block) if options.asymmetric or options.sequential == "nothing" else None
+        source = original if options.sequential == "nothing" and original is not None else block
+        prefix = f"{self._prefixes[index]}."
+        by_module = {view.module.removeprefix(prefix): view for view in views}
+        first = inputs.rounded.read(0, self._device)
+        groups = shared_inputs(source, list(by_module), self._calls[0][index], first)
+        firsts = [names[0] for names in groups]
+        share = self._budget // (2 * len(self._streams))
+        again = options.sequential == "matrix"
+        self._sources = [_Inputs(source, firsts, inputs.rounded, 0 if again else share)]
+        if inputs.original is not None and original is not None:
+            self._sources.append(_Inputs(original, firsts, inputs.original, share))
+        for names in groups:
+            members = [by_module[name] for name in names]
+            moments = self._moments(index, names[0])
+            for view, matrix, report in _round_group(members, block, prefix, moments, self._scheme):
+                linear = block.get_submodule(view.module.removeprefix(prefix))
+                linear.weight.copy_(matrix.dequantize())  # type: ignore[operator, union-attr]
+                yield view, matrix, report
+        self._original, self._sources = original, []
+
+    def carry_on(self, index: int, block: nn.Module, inputs: BlockInputs) -> BlockInputs:
+        """The inputs of the next block, given the rounded `block`."""
+        after = self._fresh(index + 1)
+        nothing = self._scheme.options.sequential == "nothing"
+        blocks = [self._original if nothing else block, self._original]
+        with torch.no_grad():
+            for stream, module, here in zip(after.both, blocks, inputs.both, strict=False):
+                assert module is not None
+                for batch, calls in enumerate(self._calls):
+                    stream.write(calls[index].run(module, here.read(batch, self._device)))
+        self._original = None
+        return _closed(after)
+
+    def _moments(self, index: int, name: str) -> Moments | None:
+        """The moments of module `name`'s input over all batches; None when it is never called."""
+        moments = None
+        for batch, calls in enumerate(self._calls):
+            found = [source.of(name, batch, calls[index], self._device) for source in self._sources]
+            rows = [token_rows(x, self._masks[batch]) for x in found if x is not None]
+            if not rows:
+                return None
+            if moments is None:
+                moments = Moments(rows[0].shape[-1], self._device, len(rows) > 1)
+            moments.add(*rows)
+        if moments is not None:
+            moments.close()
+        return moments
+
+
+class _Inputs:
+    """The inputs of a block's modules `names`, in the order of their calls, for the batches of `hidden`.
+
+    What one pass finds is kept up to a `budget` in bytes, and the rest found again when it is asked for. With a budget
+    of 0 every module is asked by a pass of its own: the block may change in between.
+    """
+
+    def __init__(self, block: nn.Module, names: Sequence[str], hidden: Activations, budget: int) -> None:
+        self._block, self._names, self._hidden, self._left = block, list(names), hidden, budget
+        self._kept: dict[tuple[str, int], Tensor] = {}
+
+    def of(self, name: str, batch: int, call: Call, device: torch.device) -> Tensor | None:
+        """The input of module `name` in `batch`, asked for once; None when it is never called."""
+        kept = self._kept.pop((name, batch), None)
+        if kept is not None:
+            self._left += kept.nbytes
+            return kept
+        rest = self._names[self._names.index(name) :] if self._left > 0 else [name]
+        found = inputs_of(self._block, rest, call, self._hidden.read(batch, device))
+        for other in rest[1:]:
+            if other in found and found[other].nbytes <= self._left:
+                self._kept[other, batch] = found[other]
+                self._left -= found[other].nbytes
+        return found.get(name)
+
+
+def _closed(inputs: BlockInputs) -> BlockInputs:
+    for stream in inputs.both:
+        stream.close()
+    return inputs
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _round_group(
+    views: Sequence[MatrixView], block: nn.Module, prefix: str, moments: Moments | None, scheme: Scheme
+) -> Iterator[tuple[MatrixView, QuantizedMatrix, MatrixReport]]:
+    """Round matrices that share an input."""
+
+    def weight_of(view: MatrixView) -> Tensor:
+        weight: Tensor = block.get_submodule(view.module.removeprefix(prefix)).weight  # type: ignore[assignment]
+        return mix_weight(weight.detach(), scheme.signs[view.name], torch.float32)
+
+    if moments is None:
+        yield from _fall_back(views, weight_of, scheme, "never called")
+        return
+    signs = scheme.signs[views[0].name].input
+    if signs is not None:
+        mix_moment(moments.hessian, signs)
+        if moments.shift is not None:
+            mix_moment(moments.shift, signs)
+    probe = scheme.codec.rounding(views[0].shape, scheme.specs[views[0].name], moments.hessian.device)
+    order = Order.of(moments.hessian.diagonal(), probe.dim, probe.scope, scheme.options.order)
+    columns = order.columns
+    diagonal = moments.hessian.diagonal()[columns].clone()
+    moved = [_moved(weight_of(view), moments, columns) for view in views]
+    hessian = moments.hessian[columns.unsqueeze(1), columns]
+    facts = {"tokens": moments.tokens, "dead_channels": moments.dead, "broken_channels": moments.broken}
+    moments.release()
+    try:
+        factor = factorize(hessian, scheme.options.damping, views[0].name)
+    except NumericsError:
+        if scheme.options.fallback == "error":
+            raise
+        yield from _fall_back(views, weight_of, scheme, "indefinite Hessian")
+        return
+    del hessian
+    for view, shift in zip(views, moved, strict=True):
+        weight = weight_of(view)
+        matrix, error = _round_one(view, weight[:, columns], shift, factor, diagonal, order, scheme)
+        report = MatrixReport(
+            view.name,
+            view.shape,
+            matrix.spec.codec,
+            matrix.mixed(scheme.signs[view.name]).bits_per_weight,
+            error,
+            sqnr(error),
+            "calibrated",
+            {**facts, "damping": factor.damping / float(diagonal.mean() or 1.0)},
+        )
+        yield view, matrix.mixed(scheme.signs[view.name]), report
+
+
+def _moved(weight: Tensor, moments: Moments, columns: Tensor) -> Tensor | None:
+    """W C float32 [o, n], columns in order; None without C."""
+    if moments.shift is None:
+        return None
+    return (weight.double() @ moments.shift)[:, columns].to(torch.float32)
+
+
+def _round_one(
+    view: MatrixView,
+    weight: Tensor,
+    moved: Tensor | None,
+    factor: Factor,
+    diagonal: Tensor,
+    order: Order,
+    scheme: Scheme,
+) -> tuple[QuantizedMatrix, float]:
+    """The matrix of the gain rule that serves the output best, and its relative error; `weight` is in `order`."""
+    options = scheme.options
+    target = weight
+    if moved is not None:
+        target = weight + options.asymmetric * torch.cholesky_solve(moved.T, factor.lower).T
+    rules: tuple[GainRule, ...] = ("projection", "norm") if options.gain == "best" else (options.gain,)
+    found: list[tuple[float, QuantizedMatrix, float]] = []
+    for rule in rules:
+        rounding = scheme.codec.rounding(
+            view.shape, scheme.specs[view.name], weight.device, gain=rule, search=options.search
+        )
+        round_matrix(target, factor, order, rounding, sweeps=options.sweeps, refit=options.refit)
+        value = rounding.decoded()[:, order.columns]
+        loss, _ = output_error(target, value, factor, diagonal)
+        error, energy = output_error(weight, value, factor, diagonal)
+        found.append((loss, rounding.finish(), error / energy if energy > 0 else 0.0))
+    _, matrix, error = min(found, key=lambda one: one[0])
+    return matrix, error
+
+
+def _fall_back(
+    views: Sequence[MatrixView], weight_of: Callable[[MatrixView], Tensor], scheme: Scheme, why: str
+) -> Iterator[tuple[MatrixView, QuantizedMatrix, MatrixReport]]:
+    """Rounding to the nearest where calibration says nothing, if the options allow it."""
+    if scheme.options.fallback == "error":
+        raise NumericsError(
+            f"'{views[0].name}' cannot be calibrated: {why}.",
+            remedy="Give other data, or allow rounding to the nearest with --rounding ldlq:fallback=nearest.",
+        )
+    for view in views:
+        plain, report = quantize_matrix(view.name, weight_of(view), scheme.codec, scheme.specs[view.name])
+        matrix = plain.mixed(scheme.signs[view.name])
+        status = f"nearest ({why})"
+        yield view, matrix, dataclasses.replace(report, bits_per_weight=matrix.bits_per_weight, status=status)

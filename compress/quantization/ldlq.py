@@ -1,0 +1,170 @@
+"""Rounding a matrix a few columns at a time, each time allowing for the errors of the columns before.
+
+With H = L L^T (L lower triangular) the error of the outputs is ||(W - V) L||^2, a sum over blocks b of D columns:
+
+    ||(W_b - V_b) L_bb + S_b||^2,     S_b = sum_{a > b} (W_a - V_a) L_ab.
+
+From the last block to the first, S_b is known when V_b is to be chosen. The best code is near
+
+    W_b + S_b L_bb^-1    in the metric    M_b = L_bb L_bb^T,
+
+which is GPTQ (Frantar et al. 2023, arXiv 2210.17323) and LDLQ (QuIP, arXiv 2307.13304; blocks: QuIP#, 2402.04396) with
+one factorization, no inverse, and the codec's own encoder in place of round(). Columns that matter most, by the
+diagonal of H, come first, so that most others are left to make good their errors; codes stay where they belong.
+
+Afterwards each block is rounded again, all others being known now: with G = (W - V) H the optimum of block b alone is
+V_b + G_b H_bb^-1 in the metric H_bb, and a row takes a code that is nearer than its present one. The error falls with
+every such sweep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from compress.codecs.base import Rounding
+from compress.quantization.hessian import Factor
+from compress.quantization.scales import refit_scales
+
+SPAN = 128
+"""Columns whose errors are carried among themselves before the rest hears of them: large products instead of many."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """In which order n columns are rounded. Everything here is in the order of places: `columns[place]` is the column,
+    the last place is rounded first. The columns of a block, and the blocks of a scope, stay together; those that
+    fill no whole block or scope have the last places."""
+
+    columns: Tensor
+    dim: int
+    scope: int
+
+    @classmethod
+    def of(cls, importance: Tensor, dim: int, scope: int, sort: bool) -> Order:
+        """By ascending sum of `importance` [n] over the scopes, and over the blocks within; as they are without `sort`.
+        A scope of all columns is none."""
+        columns = torch.arange(importance.numel(), device=importance.device)
+        if sort:
+            columns = _sorted(columns, importance, dim)
+            if scope < columns.numel():
+                columns = _sorted(columns[torch.argsort(columns // scope, stable=True)], importance, scope)
+        return cls(columns, dim, scope)
+
+    @cached_property
+    def places(self) -> Tensor:
+        """The place of each column: the inverse of `columns`."""
+        return torch.argsort(self.columns)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all columns share scales."""
+        return self.scope >= self.columns.numel()
+
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """Ranges of places, in the order of rounding; a scope lies in one of them."""
+        unit = self.dim if self.whole else self.scope
+        size = max(SPAN // unit, 1) * unit
+        for first in reversed(range(0, self.columns.numel(), size)):
+            yield first, min(first + size, self.columns.numel())
+
+    def blocks(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
+        """Blocks of a span in the order of rounding: first and last place, and the first column."""
+        for start in reversed(range(first, last, self.dim)):
+            yield start, min(start + self.dim, last), int(self.columns[start])
+
+
+def _sorted(columns: Tensor, importance: Tensor, unit: int) -> Tensor:
+    whole = columns.numel() // unit * unit
+    units = columns[:whole].view(-1, unit)
+    units = units[torch.argsort(importance[units].sum(1), stable=True)]
+    return torch.cat([units.flatten(), columns[whole:]])
+
+
+def round_matrix(
+    weight: Tensor, factor: Factor, order: Order, rounding: Rounding, *, sweeps: int = 0, refit: bool = False
+) -> None:
+    """Give `rounding` the codes for W float32 [o, n], whose columns, like those of `factor`, are in `order`.
+
+    `sweeps`: how often each block is rounded again. `refit`: after the first pass and each sweep, scales of least
+    error for the codes that there are.
+    """
+    _first_pass(weight, factor.lower, order, rounding)
+    for _ in range(sweeps):
+        if refit:
+            refit_scales(weight, factor.hessian, order.places, order.scope, rounding)
+        _sweep(weight, factor.hessian, order, rounding)
+    if refit:
+        refit_scales(weight, factor.hessian, order.places, order.scope, rounding)
+
+
+def _first_pass(weight: Tensor, lower: Tensor, order: Order, rounding: Rounding) -> None:
+    error = torch.zeros_like(weight)
+    roots = _diagonal_blocks(lower, order.dim)
+    metrics = _unit(roots @ roots.mT)
+    inverses = torch.linalg.inv(roots)
+    if order.whole:
+        rounding.scale(0, weight[:, order.places])
+    for first, last in order.spans():
+        carried = error[:, last:] @ lower[last:, first:last]
+        for start, stop, column in order.blocks(first, last):
+            if not order.whole and (stop % order.scope == 0 or stop == weight.shape[1]):
+                _choose_scales(weight, lower, carried, order, rounding, first, stop)
+            width, block = stop - start, start // order.dim
+            step = carried[:, start - first : stop - first] @ inverses[block, :width, :width]
+            value = rounding.round(column, weight[:, start:stop] + step, metrics[block, :width, :width])
+            error[:, start:stop] = weight[:, start:stop] - value
+            carried[:, : start - first].addmm_(error[:, start:stop], lower[start:stop, first:start])
+
+
+def _diagonal_blocks(matrix: Tensor, dim: int) -> Tensor:
+    """The blocks of `dim` places on the diagonal of [n, n], [ceil(n / dim), dim, dim]; the last one is filled up with
+    the identity."""
+    places = matrix.shape[0]
+    blocks = torch.eye(dim, device=matrix.device).repeat(-(-places // dim), 1, 1)
+    for index, start in enumerate(range(0, places, dim)):
+        block = matrix[start : start + dim, start : start + dim]
+        blocks[index, : block.shape[0], : block.shape[0]] = block
+    return blocks
+
+
+def _unit(metrics: Tensor) -> Tensor:
+    """Each of [b, D, D] over its largest eigenvalue."""
+    return metrics / torch.linalg.eigvalsh(metrics)[:, -1:, None]
+
+
+def _choose_scales(
+    weight: Tensor, lower: Tensor, carried: Tensor, order: Order, rounding: Rounding, first: int, stop: int
+) -> None:
+    """Scales of the scope that ends at place `stop`, for what its columns should be, given the errors so far."""
+    begin = (stop - 1) // order.scope * order.scope
+    values = weight[:, begin:stop] + _solve(carried[:, begin - first : stop - first], lower[begin:stop, begin:stop])
+    columns = order.columns[begin:stop]
+    rounding.scale(int(columns.min()), values[:, torch.argsort(columns)])
+
+
+def _solve(rows: Tensor, lower: Tensor) -> Tensor:
+    """X with X L = rows."""
+    return torch.linalg.solve_triangular(lower, rows, upper=False, left=False)
+
+
+def _sweep(weight: Tensor, hessian: Tensor, order: Order, rounding: Rounding) -> None:
+    value = rounding.decoded()[:, order.columns]
+    gradient = (weight - value) @ hessian
+    blocks = _diagonal_blocks(hessian, order.dim)
+    metrics, inverses = _unit(blocks), torch.linalg.inv(blocks)
+    for first, last in order.spans():
+        local = gradient[:, first:last].clone()
+        change = torch.zeros_like(local)
+        for start, stop, column in order.blocks(first, last):
+            width, block = stop - start, start // order.dim
+            step = local[:, start - first : stop - first] @ inverses[block, :width, :width]
+            before = value[:, start:stop]
+            after = rounding.round(column, before + step, metrics[block, :width, :width], keep=True)
+            moved = change[:, start - first : stop - first] = after - before
+            local.addmm_(moved, hessian[start:stop, first:last], alpha=-1)
+        gradient.addmm_(change, hessian[first:last], alpha=-1)

@@ -1,0 +1,200 @@
+"""The two ways in which the blocks of a checkpoint are rounded: each matrix by itself, or with calibration."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from compress.codecs.base import Codec, CodecSpec, QuantizedMatrix
+from compress.modeling.loading import empty_parameters, fill_parameters, hollow, load_config, load_tokenizer
+from compress.modeling.structure import MatrixView, find_blocks, read_view
+from compress.quantization.calibrated import BlockInputs, Calibration, Scheme
+from compress.quantization.data import CalibrationData, calibration_batches
+from compress.quantization.matrix import MatrixReport, quantize_matrix
+from compress.quantization.options import Ldlq
+from compress.quantization.target import Target
+from compress.transforms.matrices import mix_weight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from compress.workspace import Workspace
+
+Committed = dict[str, tuple[Sequence[Path], Mapping[str, Any]]]
+"""Units of a work folder: files and record by the unit's name."""
+INPUTS = "quantize/inputs"
+
+
+class Rounder(Protocol):
+    """Blocks are rounded in order: `round_block`, `carry_on`, and when that is on disk, `committed`."""
+
+    def first(self, done: Sequence[bool]) -> int:
+        """The first block to round, given which are done: all before it must be."""
+        ...
+
+    def round_block(
+        self, index: int, views: Sequence[MatrixView]
+    ) -> Iterator[tuple[MatrixView, QuantizedMatrix, MatrixReport]]:
+        """The matrices of block `index`, as they are stored, with their reports."""
+        ...
+
+    def carry_on(self, index: int) -> Committed:
+        """What the next block needs, to be committed with block `index`."""
+        ...
+
+    def committed(self, index: int) -> None:
+        """Block `index` is on disk; what led to it may go."""
+        ...
+
+    def close(self) -> None:
+        """All blocks are done."""
+        ...
+
+
+class NearestRounder:
+    """Each matrix by itself to the nearest."""
+
+    def __init__(self, target: Target, codec: Codec, specs: Mapping[str, CodecSpec]) -> None:
+        self._target, self._codec, self._specs = target, codec, specs
+        self._done: Sequence[bool] = ()
+
+    def first(self, done: Sequence[bool]) -> int:
+        return next((index for index, finished in enumerate(done) if not finished), len(done))
+
+    def round_block(
+        self, index: int, views: Sequence[MatrixView]
+    ) -> Iterator[tuple[MatrixView, QuantizedMatrix, MatrixReport]]:
+        for view in views:
+            signs = self._target.signs(view)
+            weight = read_view(self._target.read(view.parameter, torch.float32), view)
+            spec = dataclasses.replace(self._specs[view.name], mixing="none")
+            plain, report = quantize_matrix(view.name, mix_weight(weight, signs), self._codec, spec)
+            matrix = plain.mixed(signs)
+            yield view, matrix, dataclasses.replace(report, bits_per_weight=matrix.bits_per_weight)
+
+    def carry_on(self, index: int) -> Committed:
+        return {}
+
+    def committed(self, index: int) -> None:
+        return
+
+    def close(self) -> None:
+        return
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """data and how many `rows` of `context` tokens to draw from it with `seed`; `budget`: bytes of hidden states that
+    stay in memory; `device`: where blocks run and are rounded."""
+
+    data: CalibrationData
+    options: Ldlq
+    rows: int = 128
+    context: int = 256
+    seed: int = 0
+    budget: int = 2 << 30
+    device: str = "cpu"
+
+
+class CalibratedRounder:
+    """Block after block with `Calibration`, weights read one block at a time, hidden states in the work folder."""
+
+    def __init__(
+        self,
+        target: Target,
+        codec: Codec,
+        specs: Mapping[str, CodecSpec],
+        options: CalibrationOptions,
+        workspace: Workspace,
+        trust_remote_code: bool,
+    ) -> None:
+        self._target, self._workspace = target, workspace
+        self._device = torch.device(options.device)
+        self._model: PreTrainedModel = hollow(load_config(target.source, trust_remote_code), trust_remote_code)
+        self._blocks = [name for name, _ in find_blocks(self._model)]
+        batches = calibration_batches(
+            self._model,
+            options.data,
+            lambda: load_tokenizer(target.source, trust_remote_code),
+            rows=options.rows,
+            context=options.context,
+            seed=options.seed,
+        )
+        plain = {name: dataclasses.replace(spec, mixing="none") for name, spec in specs.items()}
+        signs = {view.name: target.signs(view).to(self._device) for view in target.views}
+        scheme = Scheme(codec, plain, signs, options.options)
+        self._calibration = Calibration(self._model, batches, scheme, self._device, options.budget, self._file)
+        self._inputs: BlockInputs | None = None
+        self._block: nn.Module | None = None
+        self._before: BlockInputs | None = None
+
+    def first(self, done: Sequence[bool]) -> int:
+        """After the last block whose successor's inputs are on disk; without these, the first of all."""
+        index = next((place for place, finished in enumerate(done) if not finished), len(done))
+        if index == len(done):
+            return index
+        self._record()
+        stored = self._workspace.done(INPUTS) if index else None
+        if stored is None or stored["block"] != index:
+            if index:
+                self._workspace.events.emit("note", text="The hidden states of the last run are gone: begun anew.")
+            return 0
+        assert self._inputs is not None
+        self._inputs.discard()
+        self._inputs = self._calibration.reopen(index)
+        return index
+
+    def round_block(
+        self, index: int, views: Sequence[MatrixView]
+    ) -> Iterator[tuple[MatrixView, QuantizedMatrix, MatrixReport]]:
+        assert self._inputs is not None
+        self._block = self._load(index)
+        yield from self._calibration.round_block(index, self._block, views, self._inputs)
+
+    def carry_on(self, index: int) -> Committed:
+        assert self._inputs is not None
+        assert self._block is not None
+        self._before = self._inputs
+        if index + 1 < len(self._blocks):
+            self._inputs = self._calibration.carry_on(index, self._block, self._before)
+        empty_parameters(self._model, self._names(index))
+        self._block = None
+        return {INPUTS: (self._inputs.files, {"block": index + 1})} if index + 1 < len(self._blocks) else {}
+
+    def committed(self, index: int) -> None:
+        if self._before is not None:
+            self._before.discard()
+
+    def close(self) -> None:
+        self._workspace.drop(INPUTS)
+
+    def _record(self) -> None:
+        """What the blocks are called with, and the inputs of the first one."""
+        inside = {name for index in range(len(self._blocks)) for name in self._names(index)}
+        body = f"{self._model.base_model_prefix}." if self._model.base_model is not self._model else ""
+        names = [f"{body}{name}" for name, _ in self._model.base_model.named_parameters()]
+        before = [name for name in names if name not in inside]
+        fill_parameters(self._model, before, self._read)
+        self._inputs = self._calibration.record_inputs(self._load(0))
+        empty_parameters(self._model, [*before, *self._names(0)])
+
+    def _load(self, index: int) -> nn.Module:
+        """Block `index` with its weights in float32."""
+        fill_parameters(self._model, self._names(index), self._read)
+        return self._model.get_submodule(self._blocks[index])
+
+    def _names(self, index: int) -> list[str]:
+        prefix = self._blocks[index]
+        return [name for name, _ in self._model.get_submodule(prefix).named_parameters(prefix=prefix)]
+
+    def _read(self, name: str) -> Tensor:
+        return self._target.read(name, torch.float32).to(self._device)
+
+    def _file(self, index: int, stream: str) -> Path:
+        return self._workspace.path("inputs", f"{index:05d}.{stream}")
