@@ -1,11 +1,11 @@
 """Kill a run with SIGKILL at random moments, take it up again, and compare the result with an unbroken run.
 
-    python benchmarks/crash.py [--kills 10] [--quick] [--json]
+    python benchmarks/crash.py [--kills 10] [--only NAME] [--quick] [--json]
 
-For `distill` and for `quantize`: one unbroken run, then runs that are killed and started again with the same command,
-until the given number of kills is reached and the last run has ended by itself. "Equal" means the contract's "same
-bytes": all weight, config and tokenizer files, and report.json without its times and memory; and, for distill, every
-logged loss.
+For `distill`, for `quantize` and for `quantize` with calibration data (`calibrated`): one unbroken run, then runs that
+are killed and started again with the same command, until the given number of kills is reached and the last run has
+ended by itself. "Equal" means the contract's "same bytes": all weight, config and tokenizer files, and report.json
+without its times and memory; and, for distill, every logged loss.
 
 The moments are drawn uniformly over the time in which a run works: from when it holds the lock of its work folder (what
 comes before is imports and the plan) to when it has written its report (what comes after is the interpreter's end).
@@ -56,6 +56,14 @@ def quantize_command(model: str = "builtin:teacher", bits: float = 3.25) -> Comm
     return lambda out: [*words, "--out", str(out)]
 
 
+def calibrated_command(
+    model: str = "builtin:student", data: str = "builtin:python/train", rows: int = 16, context: int = 256
+) -> Command:
+    command = quantize_command(model)
+    words = ["--data", data, "--rows", str(rows), "--context", str(context)]
+    return lambda out: [*command(out), *words]
+
+
 def distill_command(
     teacher: str = "builtin:teacher",
     student: str = "builtin:student",
@@ -67,6 +75,9 @@ def distill_command(
     words += ["--data", data, "--loss", "kl", "--steps", str(steps), "--save-every", "4", "--log-every", "2"]
     words += ["--batch-size", "4", "--context", str(context), "--quiet"]
     return lambda out: [*words, "--out", str(out)]
+
+
+COMMANDS = {"distill": distill_command(), "quantize": quantize_command(), "calibrated": calibrated_command()}
 
 
 def work_folder(out: Path) -> Path:
@@ -170,11 +181,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="of the distillation")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="two kills of each")
-    parser.add_argument("--only", choices=["distill", "quantize"])
+    parser.add_argument("--only", choices=COMMANDS)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     kills = 2 if options.quick else options.kills
-    commands = {"distill": distill_command(steps=options.steps), "quantize": quantize_command()}
+    commands = {**COMMANDS, "distill": distill_command(steps=options.steps)}
     names = [options.only] if options.only else list(commands)
     with tempfile.TemporaryDirectory() as folder:
         results = [measure(name, commands[name], kills, options.seed, Path(folder)) for name in names]

@@ -67,7 +67,8 @@ class Tournament:
     def __init__(self, chosen: Subject, options: argparse.Namespace) -> None:
         self.chosen, self.options = chosen, options
         self.failures: list[str] = []
-        folder = options.environments / "work" / chosen.name
+        home = options.environments.expanduser().absolute()
+        folder = home / "work" / chosen.name
         folder.mkdir(parents=True, exist_ok=True)
         original = load_model(chosen.model)
         original.save_pretrained(folder / "model")
@@ -81,7 +82,7 @@ class Tournament:
             chosen.group,
             options.threads,
             folder,
-            Environments(options.environments, options.torch_index),
+            Environments(home, options.torch_index),
         )
 
     def rows(self, bits: int) -> Iterator[Row]:
@@ -197,4 +198,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        status = main()
+    except CompressError as error:
+        raise SystemExit(f"error: {error}") from None
+    raise SystemExit(status)

@@ -16,4 +16,6 @@ EncodeGroups encode_groups_base();
 EncodeGroups encode_groups_avx2();
 EncodeGroups encode_groups_avx512();
 
+EncodeGroups encode_groups_of(int instructions);
+
 }  // namespace compress

@@ -35,7 +35,7 @@ int64_t refusals(int64_t groups, int threads, Done done) {
 
 }  // namespace
 
-COMPRESS_API int compress_interface() { return 5; }
+COMPRESS_API int compress_interface() { return 6; }
 
 COMPRESS_API int64_t compress_pyramid_rank(const int8_t* y, const uint64_t* table, int words, int64_t groups, int dim,
                                            int pulses, int limit, uint64_t* index, int threads) {

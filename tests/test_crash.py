@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.crash import Command, distill_command, measure, quantize_command
+from benchmarks.crash import Command, calibrated_command, distill_command, measure, quantize_command
 from tests.tiny_models import write_llama, write_text
 
 
@@ -24,10 +24,11 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Command]:
     return {
         "distill": distill_command(str(teacher), str(student), f"text:{text}", steps=24, context=32),
         "quantize": quantize_command(str(teacher)),
+        "calibrated": calibrated_command(str(teacher), f"text:{text}", rows=8, context=32),
     }
 
 
-@pytest.mark.parametrize("name", ["distill", "quantize"])
+@pytest.mark.parametrize("name", ["distill", "quantize", "calibrated"])
 def test_killed_twice_and_taken_up_again(commands: dict[str, Command], name: str, tmp_path: Path) -> None:
     result = measure(name, commands[name], kills=2, seed=1, folder=tmp_path)
     assert result.kills == len(result.moments) == 2

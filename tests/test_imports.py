@@ -21,7 +21,7 @@ CLI = next(path for path in (PACKAGE / "cli", PACKAGE.parent / "cli") if path.is
 
 LEVELS = (
     {"errors", "events", "storage", "hardware", "hook", "ops", "modeling", "data", "losses"},
-    {"codecs", "evaluation", "workspace", "recipe"},
+    {"codecs", "transforms", "evaluation", "workspace", "recipe"},
     {"formats"},
     {"quantization"},
     {"plan", "distillation", "exporters", "integrations", "reporting"},

@@ -85,6 +85,42 @@ def test_bits_are_the_sums_over_the_matrices() -> None:
     }  # fmt: skip
 
 
+CALIBRATED = {"bits": 3.25, "data": "text:text.txt", "rows": 8, "context": 32}
+
+
+def test_a_quantization_says_how_it_rounds_and_what_it_knows() -> None:
+    free, calibrated = plan(quantize={"bits": 3.25}).quantization, plan(quantize=CALIBRATED).quantization
+    asked = plan(quantize={**CALIBRATED, "rounding": "ldlq:sweeps=3,damping=0.05"}).quantization
+    assert free is not None
+    assert calibrated is not None
+    assert asked is not None
+    assert (free.data_free, free.rounding) == (True, "nearest")
+    assert len(free.notes) == 1
+    assert "data-free" in free.notes[0]
+    assert (calibrated.data_free, calibrated.rounding, calibrated.notes) == (False, "ldlq", ())
+    assert asked.rounding == "ldlq:sweeps=3,damping=0.05"
+    assert free.matrices == calibrated.matrices, "what is stored does not depend on how it was rounded"
+    assert {matrix.mixing for matrix in free.matrices} == {"none"}
+    assert calibrated.memory_bytes > free.memory_bytes
+
+
+def test_a_mixed_model_pays_for_its_signs_and_says_what_is_folded() -> None:
+    plain = plan(quantize=CALIBRATED).quantization
+    made = plan(quantize={**CALIBRATED, "transform": "hadamard"}).quantization
+    assert plain is not None
+    assert made is not None
+    signed = [matrix for matrix in made.matrices if matrix.mixing != "none"]
+    assert signed
+    assert made.containers == ()
+    assert any(f"{len(signed)} of {len(made.matrices)} matrices are mixed at run time" in note for note in made.notes)
+    assert 3.1 < made.bits_per_weight <= 3.25
+    method = codec("half_pyramid")
+    for matrix in made.matrices:
+        rows, columns = matrix.shape
+        sides = {"none": 0, "input": columns, "output": rows, "both": rows + columns}[matrix.mixing]
+        assert 8 * matrix.bytes == method.bits(method.spec(matrix.width), matrix.shape) + sides  # multiples of eight
+
+
 def test_original_bytes_and_parameters_are_those_of_the_files() -> None:
     made = plan(quantize={"bits": 3.25})
     assert made.original_bytes == Path("student/model.safetensors").stat().st_size
@@ -179,9 +215,9 @@ def test_packages_of_an_export_are_missed_before_it(monkeypatch: pytest.MonkeyPa
 def test_code_of_a_model_is_trusted_everywhere_or_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def watch(folder: Path, trust_remote_code: bool = False) -> Any:
+    def watch(folder: Path, trust_remote_code: bool = False, *others: Any) -> Any:
         asked.append(trust_remote_code)
-        return open_target(folder, trust_remote_code)
+        return open_target(folder, trust_remote_code, *others)
 
     monkeypatch.setattr("compress.plan.quantize.open_target", watch)
     plan(quantize={"bits": 3}, trust_remote_code=True)
@@ -224,6 +260,12 @@ def test_code_of_a_model_is_trusted_everywhere_or_nowhere(monkeypatch: pytest.Mo
         ({"model": "encoder", "evaluate": EVALUATE}, UsageError, r"evaluate\.reference"),
         ({"model": "encoder", "evaluate": {**ENCODER, "samples": 1}}, UsageError, r"Remove evaluate\.samples"),
         ({"model": "encoder", "evaluate": {**ENCODER, "tokens_per_second": True}}, UsageError, r"tokens_per_second"),
+        ({"quantize": {**CALIBRATED, "rounding": "gptq"}}, UsageError, r"no rounding 'gptq'"),
+        ({"quantize": {**CALIBRATED, "rounding": "ldlq:swep=2"}}, UsageError, r"Did you mean 'sweeps'\?"),
+        ({"quantize": {**CALIBRATED, "rounding": "ldlq:gain=long"}}, UsageError, r"gain is 'long'"),
+        ({"quantize": {**CALIBRATED, "rounding": "nearest"}}, RecipeError, r"nearest uses no data"),
+        ({"quantize": {"bits": 3, "rounding": "ldlq"}}, RecipeError, r"ldlq needs `data`"),
+        ({"quantize": {**CALIBRATED, "data": "text:nothing.txt"}}, DataError, r"nothing\.txt"),
         ({"quantize": {"bits": 3}, "device": "warp"}, UsageError, r"'warp'"),
         ({"quantize": {"bits": 3}, "device": "cuda:99"}, UsageError, r"'cuda:99'"),
         ({"quantize": {"bits": 3}, "out": "student"}, UsageError, r"The model 'student' and the result"),

@@ -9,7 +9,17 @@ import pytest
 import yaml
 
 from compress.errors import RecipeError
-from compress.recipe import Method, Recipe, flatten, load_recipe, make_recipe, packaged_recipes, with_overrides
+from compress.recipe import (
+    Method,
+    QuantizeRecipe,
+    Recipe,
+    flatten,
+    load_recipe,
+    make_recipe,
+    packaged_recipes,
+    with_overrides,
+)
+from compress.recipe.schema import parse_bytes
 
 TEXT = """\
 version: 1
@@ -202,6 +212,57 @@ def test_the_config_of_a_student_lies_beside_its_recipe(tmp_path: Path, monkeypa
     write(tmp_path, text.replace("sub/s.json", "[1]"))
     with pytest.raises(RecipeError, match=r"'distill\.student\.config' is \[1\]"):
         config()
+
+
+CALIBRATED: dict[str, Any] = {"bits": 3, "data": "text:a.txt", "rows": 4, "context": 32}
+
+
+def quantized(**parts: Any) -> QuantizeRecipe:
+    part = make_recipe({"model": "m", "out": "o", "quantize": {"bits": 3, **parts}}).quantize
+    assert part is not None
+    return part
+
+
+def test_data_make_a_quantization_calibrated() -> None:
+    free = quantized()
+    assert (free.data, free.rounding, free.calibration) == (None, None, None)
+    assert quantized(rounding="nearest").calibration is None
+    asked = quantized(**CALIBRATED)
+    assert asked.data == ["text:a.txt"]
+    assert asked.calibration == Method(name="ldlq")
+    assert quantized(data=["a", "b"], rounding="ldlq:sweeps=4").calibration == Method(
+        name="ldlq", options={"sweeps": 4}
+    )
+    assert (free.rows, free.context, free.transform, free.memory) == (128, 256, "none", "2GB")
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("0", 0), ("64000000", 64_000_000), ("12B", 12), ("1.5 GB", 1_500_000_000), ("500MB", 5 * 10**8), (" 3kB", 3000)],
+)
+def test_bytes_are_decimal(text: str, count: int) -> None:
+    assert parse_bytes(text) == count
+    assert quantized(memory=text).memory == text
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"memory": "much"}, r"'quantize\.memory' is 'much'.*500MB"),
+        ({"memory": "-1GB"}, r"'quantize\.memory' is '-1GB'"),
+        ({"memory": "1GiB"}, r"'quantize\.memory' is '1GiB'"),
+        ({"rows": 0}, r"'quantize\.rows' is 0\. Allowed: greater than or equal to 1"),
+        ({"context": 1}, r"'quantize\.context' is 1\. Allowed: greater than or equal to 2"),
+        ({"data": []}, r"'quantize\.data'"),
+        ({"transform": "hadamar"}, r"'quantize\.transform' is 'hadamar'\. Allowed: 'none' or 'hadamard'"),
+        ({"rounding": "ldlq"}, r"the rounding ldlq needs `data`"),
+        ({"rounding": "nearest", "data": "d"}, r"the rounding nearest uses no data"),
+        ({"row": 3}, r"unknown key 'quantize\.row'\. Did you mean 'rows'\?"),
+    ],
+)
+def test_what_a_quantization_cannot_be(parts: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        quantized(**parts)
 
 
 def test_models_are_named_once() -> None:

@@ -198,6 +198,60 @@ def test_kill_at_random_moments_leaves_a_folder_that_continues_to_the_same_bytes
     assert tree_sha256(tmp_path / "killed-out") == tree_sha256(tmp_path / "whole-out")
 
 
+TOGETHER = """
+import os, signal, sys
+from pathlib import Path
+from compress.workspace import Workspace
+folder, left, sync = Path(sys.argv[1]), int(sys.argv[2]), os.fsync
+with Workspace.open(folder, {}) as work:
+    files = [work.path("inputs", "0"), work.path("inputs", "1"), work.path("blocks", "0")]
+    for file in files:
+        file.write_bytes(file.as_posix().encode())
+    work.commit("inputs", files[:1], {"before": 0})
+
+    def fsync(descriptor):
+        global left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        sync(descriptor)
+
+    os.fsync = fsync
+    work.commit_all({"block 0": (files[2:], {}), "inputs": (files[1:2], {"before": 1})})
+"""
+
+
+def test_units_that_belong_together_are_committed_at_once(tmp_path: Path) -> None:
+    """Killed before each of its syncs, `commit_all` has done everything or nothing."""
+    states = []
+    for left in range(100):
+        folder = tmp_path / str(left)
+        done = subprocess.run([sys.executable, "-c", TOGETHER, str(folder), str(left)], cwd=ROOT)
+        with Workspace.open(folder, {}) as work:
+            states.append((work.done("block 0"), work.done("inputs")))
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL
+    before, after = (None, {"before": 0}), ({}, {"before": 1})
+    assert len(states) > 5, "both files, their folders and the manifest are synced"
+    assert states == sorted(states, key=lambda state: state == after)
+    assert states[0] == before
+    assert states[-1] == after
+    assert all(state in (before, after) for state in states)
+
+
+def test_of_units_that_belong_together_none_is_done_when_a_file_is_missing(tmp_path: Path) -> None:
+    with Workspace.open(tmp_path / "w", {}) as work:
+        work.commit("inputs", [], {"before": 0})
+        file = work.path("0.bin")
+        file.write_bytes(b"abc")
+        with pytest.raises(FileNotFoundError):
+            work.commit_all({"block 0": ([file], {}), "inputs": ([work.path("1.bin")], {"before": 1})})
+        assert (work.done("block 0"), work.done("inputs")) == (None, {"before": 0})
+    with Workspace.open(tmp_path / "w", {}) as work:
+        assert work.units() == ("inputs",)
+
+
 @pytest.mark.parametrize("call", ["fsync", "open"])
 def test_full_disk_leaves_the_old_file_and_no_half_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str

@@ -85,7 +85,7 @@ TITLES = {"gptqmodel": "GPTQModel", "llmcompressor": "llm-compressor", "autoroun
 @dataclass(frozen=True)
 class Arena:
     """What all contestants on one model share: its folder in float32, the file of calibration rows, weights to a scale,
-    threads, and a folder for what they leave."""
+    threads, and a folder for what they leave, logs among it. All paths are absolute."""
 
     model: Path
     rows: Path
@@ -115,7 +115,12 @@ class Arena:
         started = time.perf_counter()
         with log.open("w", encoding="utf-8") as stream:
             result = subprocess.run(
-                command + who.words(), stdout=subprocess.PIPE, stderr=stream, text=True, env=self._variables()
+                command + who.words(),
+                cwd=self.folder,
+                stdout=subprocess.PIPE,
+                stderr=stream,
+                text=True,
+                env=self._variables(),
             )
             stream.write(result.stdout)
         seconds = time.perf_counter() - started

@@ -54,5 +54,6 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         panel.set_yscale("log")
         panel.set(title=model, xlabel="true bits per weight", ylabel="KL(original || quantized), nats per token")
         panel.grid(alpha=0.3, which="both")
-    panels[-1].legend(fontsize=8)
+    shown = {name: mark for panel in panels for mark, name in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(shown.values(), shown.keys(), loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=120)

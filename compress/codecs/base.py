@@ -16,7 +16,7 @@ nothing of it: they round and decode W', the `plain` matrix, and `QuantizedMatri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Protocol, Self
 
@@ -238,6 +238,32 @@ class Rounding(Protocol):
         are chosen already.
         """
         ...
+
+    def round_span(
+        self,
+        columns: Sequence[int],
+        base: Tensor,
+        carried: Tensor,
+        inverses: Tensor,
+        metrics: Tensor,
+        coupling: Tensor,
+        keep: bool = False,
+    ) -> Tensor:
+        """Round blocks of `dim` columns that depend on each other, the last first; `columns` is where each begins.
+
+            t = base_b + carried_b inverse_b,    v = `round`(t, metric_b),    carried += (base_b - v) coupling_b
+
+        base, carried float32 [o, s]; inverses, metrics float32 [b, dim, dim], of a short last block the leading part;
+        coupling float32 [s, s]. Returns all v, float32 [o, s].
+        """
+        carried, decoded = carried.clone(), torch.empty_like(base)
+        for block in reversed(range(len(columns))):
+            part = slice(block * self.dim, min((block + 1) * self.dim, base.shape[1]))
+            width = part.stop - part.start
+            target = base[:, part] + carried[:, part] @ inverses[block, :width, :width]
+            decoded[:, part] = self.round(columns[block], target, metrics[block, :width, :width], keep)
+            carried[:, : part.start].addmm_(base[:, part] - decoded[:, part], coupling[part, : part.start])
+        return decoded
 
     def rescale(self, factors: Tensor) -> None:
         """Multiply the scales by `factors` float32 [o, ceil(n / scope)], as nearly as can be stored; codes stay."""

@@ -44,6 +44,10 @@ class Recording:
     calls: tuple[Call, ...]
 
 
+Heard = tuple[int, Tensor, Call]
+"""The index of a block, the hidden states it was called with, and the rest."""
+
+
 class _Enough(Exception):
     """Raised by a recorder to end the model's forward pass."""
 
@@ -51,10 +55,10 @@ class _Enough(Exception):
 class Recorder(nn.Module):
     """Stands in the place of `block` in a model that is run for what its blocks are called with."""
 
-    def __init__(self, block: nn.Module, log: list[tuple[Tensor, Call]], last: bool, tuples: bool) -> None:
+    def __init__(self, block: nn.Module, index: int, log: list[Heard], last: bool, tuples: bool) -> None:
         super().__init__()
         self.block = block
-        self._log, self._last, self._tuples = log, last, tuples
+        self._index, self._log, self._last, self._tuples = index, log, last, tuples
 
     def __getattr__(self, name: str) -> Any:
         """Facts that a model asks of its blocks, such as the kind of attention, are those of the block."""
@@ -65,7 +69,7 @@ class Recorder(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
-        self._log.append((hidden, Call(tuple(rest), kwargs)))
+        self._log.append((self._index, hidden, Call(tuple(rest), kwargs)))
         if self._last:
             raise _Enough
         return (hidden,) if self._tuples else hidden
@@ -74,29 +78,30 @@ class Recorder(nn.Module):
 def record(model: PreTrainedModel, batches: Sequence[Batch], first: nn.Module) -> Iterator[Recording]:
     """What the blocks of `model` are called with for each of `batches`, one recording at a time.
 
-    Everything before the blocks must have its weights; the blocks themselves are not run, so they may be on the meta
-    device, but for `first`, the first one with its weights in float32, which tells what blocks return. Tensors that are
-    the same for all batches are held once. Raises `ModelError` for a model whose blocks are called in a way that is not
-    understood: not each once, with hidden states first.
+    The base model's parts before and after the blocks must have their weights; the blocks themselves are not run, so
+    they may be on the meta device, but for `first`, the first one with its weights in float32, which tells what blocks
+    return. Tensors that are the same for all batches are held once. Raises `ModelError` for a model whose blocks are
+    called in a way that is not understood: not each once and in order, with hidden states first, of which nothing but
+    hidden states is used.
     """
     blocks = len(find_blocks(model))
     tuples = _returns_tuples(model, batches[0], first)
     shared: tuple[Call, ...] | None = None
     for batch in batches:
-        log = _run(model, batch, ends_at=blocks - 1, tuples=tuples)
-        if len(log) != blocks:
-            raise _strange(model, f"{len(log)} calls of {blocks} blocks")
+        log = _run(model, batch, ends_at=None if shared is None else blocks - 1, tuples=tuples)
+        if [index for index, _, _ in log] != list(range(blocks)):
+            raise _strange(model, f"{len(log)} calls of {blocks} blocks, numbers {[index for index, _, _ in log]}")
         known: dict[int, Any] = {}
-        calls = tuple(_plain(call, known) for _, call in log)
+        calls = tuple(_plain(call, known) for _, _, call in log)
         shared = calls if shared is None else tuple(_share(*pair) for pair in zip(calls, shared, strict=True))
-        yield Recording(log[0][0].to(torch.float32), shared)
+        yield Recording(log[0][1].to(torch.float32), shared)
 
 
 def _returns_tuples(model: PreTrainedModel, batch: Batch, first: nn.Module) -> bool:
     log = _run(model, batch, ends_at=0, tuples=False)
     if not log:
         raise _strange(model, "they are not called at all")
-    hidden, call = log[0][0].to(torch.float32), _plain(log[0][1], {})
+    hidden, call = log[0][1].to(torch.float32), _plain(log[0][2], {})
     with torch.no_grad():
         output = first(hidden, *call.args, **call.kwargs)
     if _hidden(output).shape != hidden.shape:
@@ -104,22 +109,27 @@ def _returns_tuples(model: PreTrainedModel, batch: Batch, first: nn.Module) -> b
     return isinstance(output, tuple)
 
 
-def _run(model: PreTrainedModel, batch: Batch, ends_at: int, tuples: bool) -> list[tuple[Tensor, Call]]:
-    """The calls of the blocks up to number `ends_at`."""
-    log: list[tuple[Tensor, Call]] = []
+def _run(model: PreTrainedModel, batch: Batch, ends_at: int | None, tuples: bool) -> list[Heard]:
+    """The calls of the blocks up to number `ends_at`; None: all that there are, and what follows them."""
+    log: list[Heard] = []
     body = model.base_model
     options = {"use_cache": False} if model.can_generate() else {}
     with _recorders(model, log, ends_at, tuples), torch.no_grad(), suppress(_Enough):
-        body(**batch, **options)
+        try:
+            body(**batch, **options)
+        except (ValueError, TypeError, IndexError, AttributeError) as error:
+            if not log:
+                raise
+            raise _strange(model, f"it uses more than the hidden states that they return ({error})") from error
     return log
 
 
 @contextmanager
-def _recorders(model: nn.Module, log: list[tuple[Tensor, Call]], ends_at: int, tuples: bool) -> Iterator[None]:
+def _recorders(model: nn.Module, log: list[Heard], ends_at: int | None, tuples: bool) -> Iterator[None]:
     blocks = find_blocks(model)
     try:
         for index, (name, block) in enumerate(blocks):
-            model.set_submodule(name, Recorder(block, log, index == ends_at, tuples))
+            model.set_submodule(name, Recorder(block, index, log, index == ends_at, tuples))
         yield
     finally:
         for name, block in blocks:

@@ -20,16 +20,21 @@ from compress.errors import CodecError, CompressError
 from compress.ops.bits import packed_bytes
 from compress.ops.fischer import outside
 from compress.ops.search import level_sums
+from compress.ops.span import Codes, Pyramid, Span
 from compress.ops.tables import codebook_size, index_words, word_table
 from compress.ops.words import word_count, words_shape
 
-INTERFACE = 5
+INTERFACE = 6
 """Version of the C interface; `compress_interface()` of the library must return it."""
 
 POINTER, INT64, INT, DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
 SIGNATURES: dict[str, list[type]] = {
     "compress_encode": [
         *(POINTER, POINTER, POINTER, POINTER, INT64, *(INT for _ in range(7)), POINTER, POINTER, POINTER, INT, INT)
+    ],
+    "compress_round_span": [
+        *(*(POINTER for _ in range(7)), INT64, INT64, INT64, POINTER, POINTER, *(INT for _ in range(7)), DOUBLE),
+        *(INT, INT, *(POINTER for _ in range(5)), INT, INT),
     ],
     "compress_pyramid_rank": [POINTER, POINTER, INT, INT64, INT, INT, INT, POINTER, INT],
     "compress_pyramid_unrank": [POINTER, POINTER, INT, INT64, INT, INT, INT, POINTER, INT],
@@ -114,6 +119,24 @@ class NativeLibrary:
         level = INSTRUCTIONS.index(self._chosen(instructions))
         self._call("compress_encode", x, scale, gains, table, *sizes, values, gain, coset, level)
         return values, gain, coset
+
+    def round_span(
+        self, span: Span, pyramid: Pyramid, codes: Codes, steps: int, overstep: float, instructions: str | None = None
+    ) -> Tensor:
+        """See `compress.ops.rounding.round_span`."""
+        rows, columns = span.base.shape
+        table = torch.tensor(pyramid.levels, dtype=torch.int8)
+        gains = pyramid.gains.contiguous()
+        bounds = level_sums(pyramid.dim, pyramid.levels, pyramid.pulses)
+        numbers = (pyramid.dim, gains.numel(), table.numel(), pyramid.shift, pyramid.pulses, *bounds)
+        parts = (span.base, span.carried, span.scale, span.inverses, span.metrics, span.coupling)
+        inputs: list[Tensor | float | None] = [part.contiguous() for part in parts]
+        decoded = torch.empty((rows, columns), dtype=torch.float32)
+        level = INSTRUCTIONS.index(self._chosen(instructions))
+        inputs += [span.places, rows, columns, codes.gain.shape[1], gains, table, *numbers, overstep, steps]
+        written = (codes.values, codes.gain, codes.coset, codes.gains, decoded)
+        self._call("compress_round_span", *inputs, int(span.keep), *written, level)
+        return decoded
 
     def pyramid_encode(
         self, x: Tensor, scale: Tensor, levels: Tensor, pulses: int, limit: int

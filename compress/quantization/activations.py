@@ -36,6 +36,11 @@ class Activations:
         self._written = 0
 
     @property
+    def written(self) -> int:
+        """Batches that were written so far."""
+        return self._written
+
+    @property
     def path(self) -> Path | None:
         return self._path
 

@@ -162,7 +162,8 @@ def _calibrated(
         yield calibration.round_block(index, block, views, inputs)
         after = calibration.carry_on(index, block, inputs)
         inputs.discard()
-        inputs = after
+        if after is not None:
+            inputs = after
 
 
 def _replace(model: nn.Module, blocks: Iterator[Iterator[Rounded]], total: int, events: Events) -> int:

@@ -16,6 +16,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +28,11 @@ from compress.modeling.stack import Batch, Call, record
 from compress.modeling.structure import MatrixView, find_blocks
 from compress.quantization.activations import Activations
 from compress.quantization.hessian import Factor, Moments, factorize, output_error
-from compress.quantization.inputs import inputs_of, shared_inputs, token_rows
+from compress.quantization.inputs import structure_of, token_rows
 from compress.quantization.ldlq import Order, round_matrix
 from compress.quantization.matrix import MatrixReport, quantize_matrix, sqnr
 from compress.quantization.options import Ldlq
+from compress.quantization.passes import Passes
 from compress.transforms.matrices import mix_moment, mix_weight
 from compress.transforms.signs import Signs
 
@@ -88,8 +90,8 @@ class Calibration:
         self._calls: list[tuple[Call, ...]] = []
         self._shapes: list[tuple[int, ...]] = []
         masks = (batch.get("attention_mask") for batch in batches)
-        self._original: nn.Module | None = None
-        self._sources: list[_Inputs] = []
+        self._after: BlockInputs | None = None
+        self._passes: list[Passes] = []
         self._masks = [None if mask is None else mask.bool().to(device) for mask in masks]
 
     @classmethod
@@ -121,9 +123,7 @@ class Calibration:
         return ("rounded", "original") if self._scheme.options.asymmetric else ("rounded",)
 
     def _fresh(self, index: int) -> BlockInputs:
-        share = self._budget // (
-            4 * len(self._streams)
-        )  # those of two blocks at once; the rest for what is kept in one
+        share = self._budget // (4 * len(self._streams))  # of two blocks at once; the other half is for their passes
         made = [Activations(self._shapes, share, self._place(index, stream)) for stream in self._streams]
         return BlockInputs(made[0], made[1] if len(made) > 1 else None)
 
@@ -134,45 +134,55 @@ class Calibration:
         """Round the matrices of block `index`, in the order in which they are called, in place: `block`, whose weights
         are float32, has the rounded ones at the end. Raises `NumericsError` as the options say."""
         options = self._scheme.options
-        original = copy.deepcopy(block) if options.asymmetric or options.sequential == "nothing" else None
-        source = original if options.sequential == "nothing" and original is not None else block
+        again = options.sequential == "matrix"
+        original = copy.deepcopy(block) if options.asymmetric or not again else None
         prefix = f"{self._prefixes[index]}."
         by_module = {view.module.removeprefix(prefix): view for view in views}
-        first = inputs.rounded.read(0, self._device)
-        groups = shared_inputs(source, list(by_module), self._calls[0][index], first)
-        firsts = [names[0] for names in groups]
+        calls = [calls[index] for calls in self._calls]
+        found = structure_of(block, list(by_module), calls[0], inputs.rounded.read(0, self._device))
+        firsts = [names[0] for names in found.groups]
+        last = index + 1 == len(self._prefixes)
+        self._after = None if last else self._fresh(index + 1)
         share = self._budget // (2 * len(self._streams))
-        again = options.sequential == "matrix"
-        self._sources = [_Inputs(source, firsts, inputs.rounded, 0 if again else share)]
+
+        def passes(source: nn.Module, hidden: Activations, **more: Any) -> Passes:
+            return Passes(source, firsts, hidden, calls, self._device, share, **more)
+
+        if again or original is None:
+            self._passes = [passes(block, inputs.rounded, tails=found.tails)]
+        else:
+            after = self._after.rounded if self._after is not None and options.sequential == "nothing" else None
+            self._passes = [passes(original, inputs.rounded, outputs=after)]
         if inputs.original is not None and original is not None:
-            self._sources.append(_Inputs(original, firsts, inputs.original, share))
-        for names in groups:
+            original_after = None if self._after is None else self._after.original
+            self._passes.append(passes(original, inputs.original, outputs=original_after))
+        for names in found.groups:
             members = [by_module[name] for name in names]
             moments = self._moments(index, names[0])
             for view, matrix, report in _round_group(members, block, prefix, moments, self._scheme):
                 linear = block.get_submodule(view.module.removeprefix(prefix))
                 linear.weight.copy_(matrix.dequantize())  # type: ignore[operator, union-attr]
                 yield view, matrix, report
-        self._original, self._sources = original, []
 
-    def carry_on(self, index: int, block: nn.Module, inputs: BlockInputs) -> BlockInputs:
-        """The inputs of the next block, given the rounded `block`."""
-        after = self._fresh(index + 1)
-        nothing = self._scheme.options.sequential == "nothing"
-        blocks = [self._original if nothing else block, self._original]
-        with torch.no_grad():
-            for stream, module, here in zip(after.both, blocks, inputs.both, strict=False):
-                assert module is not None
-                for batch, calls in enumerate(self._calls):
-                    stream.write(calls[index].run(module, here.read(batch, self._device)))
-        self._original = None
+    def carry_on(self, index: int, block: nn.Module, inputs: BlockInputs) -> BlockInputs | None:
+        """The inputs of the next block, given the rounded `block`; None after the last."""
+        after, sources = self._after, self._passes
+        self._after, self._passes = None, []
+        if after is None:
+            return None
+        if self._scheme.options.sequential == "block":
+            calls = [calls[index] for calls in self._calls]
+            sources = [Passes(block, [], inputs.rounded, calls, self._device, 0), *sources[1:]]
+        for stream, passes in zip(after.both, sources, strict=True):
+            for batch in range(stream.written, len(self._calls)):
+                stream.write(passes.output(batch))
         return _closed(after)
 
     def _moments(self, index: int, name: str) -> Moments | None:
         """The moments of module `name`'s input over all batches; None when it is never called."""
         moments = None
-        for batch, calls in enumerate(self._calls):
-            found = [source.of(name, batch, calls[index], self._device) for source in self._sources]
+        for batch in range(len(self._calls)):
+            found = [each.input(name, batch) for each in self._passes]
             rows = [token_rows(x, self._masks[batch]) for x in found if x is not None]
             if not rows:
                 return None
@@ -182,32 +192,6 @@ class Calibration:
         if moments is not None:
             moments.close()
         return moments
-
-
-class _Inputs:
-    """The inputs of a block's modules `names`, in the order of their calls, for the batches of `hidden`.
-
-    What one pass finds is kept up to a `budget` in bytes, and the rest found again when it is asked for. With a budget
-    of 0 every module is asked by a pass of its own: the block may change in between.
-    """
-
-    def __init__(self, block: nn.Module, names: Sequence[str], hidden: Activations, budget: int) -> None:
-        self._block, self._names, self._hidden, self._left = block, list(names), hidden, budget
-        self._kept: dict[tuple[str, int], Tensor] = {}
-
-    def of(self, name: str, batch: int, call: Call, device: torch.device) -> Tensor | None:
-        """The input of module `name` in `batch`, asked for once; None when it is never called."""
-        kept = self._kept.pop((name, batch), None)
-        if kept is not None:
-            self._left += kept.nbytes
-            return kept
-        rest = self._names[self._names.index(name) :] if self._left > 0 else [name]
-        found = inputs_of(self._block, rest, call, self._hidden.read(batch, device))
-        for other in rest[1:]:
-            if other in found and found[other].nbytes <= self._left:
-                self._kept[other, batch] = found[other]
-                self._left -= found[other].nbytes
-        return found.get(name)
 
 
 def _closed(inputs: BlockInputs) -> BlockInputs:

@@ -6,8 +6,9 @@ block than lies before it. Maps that get the very same tensor (query, key and va
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,39 +37,74 @@ def _hooks(block: nn.Module, names: Sequence[str], hear: Callable[[str, Tensor],
 
 
 @torch.no_grad()
-def inputs_of(block: nn.Module, names: Sequence[str], call: Call, hidden: Tensor) -> dict[str, Tensor]:
-    """The inputs of the modules `names` when the block is run on `hidden`, as far as the last of them; without those
-    that are never called."""
+def inputs_of(
+    block: nn.Module, names: Sequence[str], call: Call, hidden: Tensor, *, to_the_end: bool = False
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The inputs of the modules `names` when the block is run on `hidden`, without those that are never called; of one
+    that is called several times the first. The block is run as far as the last of them, or `to_the_end`, for its output
+    too."""
     found: dict[str, Tensor] = {}
+    output: Tensor | None = None
 
     def hear(name: str, x: Tensor) -> None:
-        found[name] = x
-        if len(found) == len(names):
+        found.setdefault(name, x)
+        if len(found) == len(names) and not to_the_end:
             raise _Reached
 
     with _hooks(block, names, hear), suppress(_Reached):
-        call.run(block, hidden)
-    return found
+        output = call.run(block, hidden)
+    return found, output
+
+
+@dataclass(frozen=True)
+class Structure:
+    """How a block uses its linear maps. `groups`: the maps in the order in which they are first called, those that get
+    the very same tensor together, one that is never called last and alone. `tails`: a map whose output is all that a
+    module around it hands back -> that module, the largest such, and how many None follow in a tuple (-1: no tuple)."""
+
+    groups: tuple[tuple[str, ...], ...]
+    tails: Mapping[str, tuple[str, int]]
 
 
 @torch.no_grad()
-def shared_inputs(block: nn.Module, names: Sequence[str], call: Call, hidden: Tensor) -> list[list[str]]:
-    """The modules `names` in the order in which the block calls them, those with the same input tensor together; one
-    that is never called comes last and alone."""
-    seen: list[tuple[Tensor, list[str]]] = []
+def structure_of(block: nn.Module, names: Sequence[str], call: Call, hidden: Tensor) -> Structure:
+    """The structure of `block` for its linear maps `names`, seen in a pass over `hidden`."""
+    inputs: dict[str, Tensor] = {}
+    groups: list[tuple[Tensor, list[str]]] = []
+    outputs: dict[str, Tensor] = {}
+    tails: dict[str, tuple[str, int]] = {}
 
     def hear(name: str, x: Tensor) -> None:
-        group = next((group for tensor, group in seen if tensor is x), None)
+        if name in inputs:
+            return
+        inputs[name] = x
+        group = next((group for tensor, group in groups if tensor is x), None)
         if group is None:
-            seen.append((x, [name]))
-        elif name not in group:
+            groups.append((x, [name]))
+        else:
             group.append(name)
 
-    with _hooks(block, names, hear):
-        call.run(block, hidden)
-    groups = [group for _, group in seen]
-    called = {name for group in groups for name in group}
-    return [*groups, *([name] for name in names if name not in called)]
+    def see(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            first, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, ())
+            if name in names:
+                outputs[name] = first
+                return
+            for last, tensor in outputs.items():
+                if tensor is first and last.startswith(f"{name}.") and all(one is None for one in rest):
+                    tails[last] = name, len(rest) if isinstance(output, tuple) else -1
+
+        return hook
+
+    handles = [module.register_forward_hook(see(name)) for name, module in block.named_modules() if name]
+    try:
+        with _hooks(block, names, hear):
+            call.run(block, hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+    called = [tuple(group) for _, group in groups]
+    return Structure((*called, *((name,) for name in names if name not in inputs)), tails)
 
 
 def token_rows(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -66,16 +66,14 @@ class Order:
         return self.scope >= self.columns.numel()
 
     def spans(self) -> Iterator[tuple[int, int]]:
-        """Ranges of places, in the order of rounding; a scope lies in one of them."""
-        unit = self.dim if self.whole else self.scope
-        size = max(SPAN // unit, 1) * unit
+        """Ranges of places, in the order of rounding; one for each scope where scales are chosen on the way."""
+        size = max(SPAN // self.dim, 1) * self.dim if self.whole else self.scope
         for first in reversed(range(0, self.columns.numel(), size)):
             yield first, min(first + size, self.columns.numel())
 
-    def blocks(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
-        """Blocks of a span in the order of rounding: first and last place, and the first column."""
-        for start in reversed(range(first, last, self.dim)):
-            yield start, min(start + self.dim, last), int(self.columns[start])
+    def blocks(self, first: int, last: int) -> list[int]:
+        """The first column of each block between two places."""
+        return [int(column) for column in self.columns[first : last : self.dim]]
 
 
 def _sorted(columns: Tensor, importance: Tensor, unit: int) -> Tensor:
@@ -105,20 +103,45 @@ def round_matrix(
 def _first_pass(weight: Tensor, lower: Tensor, order: Order, rounding: Rounding) -> None:
     error = torch.zeros_like(weight)
     roots = _diagonal_blocks(lower, order.dim)
-    metrics = _unit(roots @ roots.mT)
-    inverses = torch.linalg.inv(roots)
+    metrics, inverses = _unit(roots @ roots.mT), torch.linalg.inv(roots)
     if order.whole:
         rounding.scale(0, weight[:, order.places])
     for first, last in order.spans():
-        carried = error[:, last:] @ lower[last:, first:last]
-        for start, stop, column in order.blocks(first, last):
-            if not order.whole and (stop % order.scope == 0 or stop == weight.shape[1]):
-                _choose_scales(weight, lower, carried, order, rounding, first, stop)
-            width, block = stop - start, start // order.dim
-            step = carried[:, start - first : stop - first] @ inverses[block, :width, :width]
-            value = rounding.round(column, weight[:, start:stop] + step, metrics[block, :width, :width])
-            error[:, start:stop] = weight[:, start:stop] - value
-            carried[:, : start - first].addmm_(error[:, start:stop], lower[start:stop, first:start])
+        span, blocks = slice(first, last), slice(first // order.dim, -(-last // order.dim))
+        carried = error[:, last:] @ lower[last:, span]
+        if not order.whole:
+            _choose_scales(weight[:, span], lower[span, span], carried, order.columns[span], rounding)
+        columns = order.blocks(first, last)
+        value = rounding.round_span(
+            columns, weight[:, span], carried, inverses[blocks], metrics[blocks], lower[span, span]
+        )
+        error[:, span] = weight[:, span] - value
+
+
+def _choose_scales(weight: Tensor, lower: Tensor, carried: Tensor, columns: Tensor, rounding: Rounding) -> None:
+    """Scales of one scope, for what its columns should be, given the errors so far."""
+    values = weight + torch.linalg.solve_triangular(lower, carried, upper=False, left=False)
+    rounding.scale(int(columns.min()), values[:, torch.argsort(columns)])
+
+
+def _sweep(weight: Tensor, hessian: Tensor, order: Order, rounding: Rounding) -> None:
+    value = rounding.decoded()[:, order.columns]
+    gradient = (weight - value) @ hessian
+    diagonal = _diagonal_blocks(hessian, order.dim)
+    metrics, inverses = _unit(diagonal), torch.linalg.inv(diagonal)
+    for first, last in order.spans():
+        span, blocks = slice(first, last), slice(first // order.dim, -(-last // order.dim))
+        before = value[:, span]
+        after = rounding.round_span(
+            order.blocks(first, last),
+            before,
+            gradient[:, span],
+            inverses[blocks],
+            metrics[blocks],
+            hessian[span, span],
+            keep=True,
+        )
+        gradient.addmm_(before - after, hessian[span])
 
 
 def _diagonal_blocks(matrix: Tensor, dim: int) -> Tensor:
@@ -135,36 +158,3 @@ def _diagonal_blocks(matrix: Tensor, dim: int) -> Tensor:
 def _unit(metrics: Tensor) -> Tensor:
     """Each of [b, D, D] over its largest eigenvalue."""
     return metrics / torch.linalg.eigvalsh(metrics)[:, -1:, None]
-
-
-def _choose_scales(
-    weight: Tensor, lower: Tensor, carried: Tensor, order: Order, rounding: Rounding, first: int, stop: int
-) -> None:
-    """Scales of the scope that ends at place `stop`, for what its columns should be, given the errors so far."""
-    begin = (stop - 1) // order.scope * order.scope
-    values = weight[:, begin:stop] + _solve(carried[:, begin - first : stop - first], lower[begin:stop, begin:stop])
-    columns = order.columns[begin:stop]
-    rounding.scale(int(columns.min()), values[:, torch.argsort(columns)])
-
-
-def _solve(rows: Tensor, lower: Tensor) -> Tensor:
-    """X with X L = rows."""
-    return torch.linalg.solve_triangular(lower, rows, upper=False, left=False)
-
-
-def _sweep(weight: Tensor, hessian: Tensor, order: Order, rounding: Rounding) -> None:
-    value = rounding.decoded()[:, order.columns]
-    gradient = (weight - value) @ hessian
-    blocks = _diagonal_blocks(hessian, order.dim)
-    metrics, inverses = _unit(blocks), torch.linalg.inv(blocks)
-    for first, last in order.spans():
-        local = gradient[:, first:last].clone()
-        change = torch.zeros_like(local)
-        for start, stop, column in order.blocks(first, last):
-            width, block = stop - start, start // order.dim
-            step = local[:, start - first : stop - first] @ inverses[block, :width, :width]
-            before = value[:, start:stop]
-            after = rounding.round(column, before + step, metrics[block, :width, :width], keep=True)
-            moved = change[:, start - first : stop - first] = after - before
-            local.addmm_(moved, hessian[start:stop, first:last], alpha=-1)
-        gradient.addmm_(change, hessian[first:last], alpha=-1)

@@ -135,19 +135,20 @@ class CalibratedRounder:
         self._before: BlockInputs | None = None
 
     def first(self, done: Sequence[bool]) -> int:
-        """After the last block whose successor's inputs are on disk; without these, the first of all."""
-        index = next((place for place, finished in enumerate(done) if not finished), len(done))
-        if index == len(done):
-            return index
+        """The block whose inputs are on disk, if all before it are done; without these, the first of all."""
+        finished = next((place for place, whole in enumerate(done) if not whole), len(done))
+        if finished == len(done):
+            return finished
         self._record()
-        stored = self._workspace.done(INPUTS) if index else None
-        if stored is None or stored["block"] != index:
-            if index:
-                self._workspace.events.emit("note", text="The hidden states of the last run are gone: begun anew.")
-            return 0
         assert self._inputs is not None
-        self._inputs.discard()
-        self._inputs = self._calibration.reopen(index)
+        stored = self._workspace.done(INPUTS) if finished else None
+        index = 0
+        if stored is not None and stored["block"] <= finished:
+            index = int(stored["block"])
+            self._inputs = self._calibration.reopen(index)
+        elif finished:
+            self._workspace.events.emit("note", text="The hidden states of the last run are gone: begun anew.")
+        self._remove_files(keep=self._inputs.files)
         return index
 
     def round_block(
@@ -161,11 +162,10 @@ class CalibratedRounder:
         assert self._inputs is not None
         assert self._block is not None
         self._before = self._inputs
-        if index + 1 < len(self._blocks):
-            self._inputs = self._calibration.carry_on(index, self._block, self._before)
+        self._inputs = self._calibration.carry_on(index, self._block, self._before)
         empty_parameters(self._model, self._names(index))
         self._block = None
-        return {INPUTS: (self._inputs.files, {"block": index + 1})} if index + 1 < len(self._blocks) else {}
+        return {} if self._inputs is None else {INPUTS: (self._inputs.files, {"block": index + 1})}
 
     def committed(self, index: int) -> None:
         if self._before is not None:
@@ -173,6 +173,12 @@ class CalibratedRounder:
 
     def close(self) -> None:
         self._workspace.drop(INPUTS)
+        self._remove_files()
+
+    def _remove_files(self, keep: Sequence[Path] = ()) -> None:
+        """Remove hidden states but those to `keep`: a run that was killed may leave some that no unit names."""
+        for path in set(self._file(0, "").parent.iterdir()).difference(keep):
+            path.unlink()
 
     def _record(self) -> None:
         """What the blocks are called with, and the inputs of the first one."""

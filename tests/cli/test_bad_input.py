@@ -29,6 +29,8 @@ DISTILL = (
     "--out q"
 )
 
+CALIBRATED = "quantize student --bits 3 --data text:text.txt --rows 4 --context 32 --out q"
+
 
 def call(words: str) -> Result:
     return CliRunner().invoke(main, words.split())
@@ -205,6 +207,15 @@ def test_a_real_command_says_one_thing(here: Path, case: str) -> None:
         ("quantize student --bits 3 --codec pyramide --out q", 2, "Did you mean 'pyramid'?"),
         ("quantize student --bits 3 --codec pyramid:size=16 --out q", 2, "size"),
         ("quantize student --bits 3 --codec pyramid: --out q", 2, "NAME:key=value"),
+        (CALIBRATED + " --rounding gptq", 2, "no rounding 'gptq'"),
+        (CALIBRATED + " --rounding ldlq:swep=2", 2, "Did you mean 'sweeps'?"),
+        (CALIBRATED + " --rounding ldlq:damping=-1", 2, "Damping is 0 or more"),
+        (CALIBRATED + " --rounding nearest", 2, "nearest uses no data"),
+        (CALIBRATED + " --memory much", 2, "500MB"),
+        (CALIBRATED + " --transform fourier", 2, "hadamard"),
+        (CALIBRATED + " --rows 0", 2, "rows"),
+        ("quantize student --bits 3 --rounding ldlq --out q", 2, "ldlq needs `data`"),
+        ("quantize student --bits 3 --data text:no.txt --out q", 1, "no file 'no.txt'"),
         (distill() + " --device gpu", 2, "device 'gpu'"),
         (distill(loss="kll"), 2, "Did you mean 'kl'?"),
         (distill(loss="kl:temp=2"), 2, "temperature"),

@@ -64,6 +64,27 @@ def test_the_plan_of_a_quantization_is_what_happens(inside: Path) -> None:
     assert [m["name"] for m in planned["matrices"]] == [m["name"] for m in report["matrices"]]
 
 
+@pytest.mark.parametrize("transform", ["none", "hadamard"])
+def test_the_plan_of_a_calibrated_quantization_is_what_happens(inside: Path, transform: str) -> None:
+    words = ["quantize", "student", "--bits", "3.25", "--data", "text:text.txt", "--rows", "4", "--context", "32"]
+    words += ["--rounding", "ldlq:sweeps=1", "--transform", transform]
+    planned = json.loads(call("plan", *words, "--json").stdout)
+    assert names(inside) == {"teacher", "student", "text.txt"}, "a plan writes nothing"
+    done = call(*words, "--out", "q", "--json")
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(done.stdout)
+    for name in ("bits_per_weight", "model_bits_per_weight", "model_bytes", "original_bytes", "backend"):
+        assert planned[name] == report[name]
+    assert planned["model_bytes"] == (inside / "q" / "model.safetensors").stat().st_size
+    assert (planned["rounding"], planned["data_free"]) == ("ldlq:sweeps=1", False)
+    assert {m["name"] for m in planned["matrices"]} == {m["name"] for m in report["matrices"]}
+    assert {m["status"] for m in report["matrices"]} == {"calibrated"}
+    assert {m["calibration"]["tokens"] for m in report["matrices"]} == {4 * 32}
+    other = call(*words[:-4], "--out", "q")
+    assert other.exit_code == 1
+    assert "rounding" in other.stderr
+
+
 def test_three_ways_to_ask_for_a_plan(inside: Path) -> None:
     (inside / "r.yaml").write_text("model: student\nout: result\nquantize: {bits: 3.0}\n")
     words = [

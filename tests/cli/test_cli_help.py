@@ -57,9 +57,7 @@ def test_every_field_of_a_part_has_its_option(command: str) -> None:
     assert not set(part.model_fields) - options
 
 
-@pytest.mark.parametrize(
-    ("command", "has"), [("distill", True), ("eval", True), ("quantize", False), ("export", False)]
-)
+@pytest.mark.parametrize(("command", "has"), [("distill", True), ("eval", True), ("quantize", True), ("export", False)])
 def test_a_device_is_offered_where_it_is_used(command: str, has: bool) -> None:
     assert ("device" in {option.name for option in main.commands[command].params}) == has
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
 
-from compress.codecs import codec
+from compress.codecs import CodecSpec, codec
 from compress.errors import UsageError
 from compress.modeling.loading import skeleton
 from compress.modeling.structure import MatrixView, matrices
@@ -31,18 +33,22 @@ def views_of(**sizes: int) -> list[MatrixView]:
     return matrices(skeleton(families.config("llama", **sizes)))
 
 
-def stored_bits(views: list[MatrixView], widths: dict[str, int]) -> int:
-    return sum(PYRAMID.bits(PYRAMID.spec(widths[view.name]), view.shape) for view in views)
+def stored_bits(views: list[MatrixView], specs: Mapping[str, CodecSpec]) -> int:
+    return sum(PYRAMID.bits(specs[view.name], view.shape) for view in views)
+
+
+def of_widths(widths: Mapping[str, int]) -> dict[str, CodecSpec]:
+    return {name: PYRAMID.spec(width) for name, width in widths.items()}
 
 
 def weights(views: list[MatrixView]) -> int:
     return sum(view.weights for view in views)
 
 
-def check_groups(views: list[MatrixView], widths: dict[str, int]) -> None:
-    by_group: dict[str, set[int]] = {}
+def check_groups(views: list[MatrixView], specs: Mapping[str, CodecSpec]) -> None:
+    by_group: dict[str, set[CodecSpec]] = {}
     for view in views:
-        by_group.setdefault(view.group, set()).add(widths[view.name])
+        by_group.setdefault(view.group, set()).add(specs[view.name])
     assert all(len(found) == 1 for found in by_group.values())
 
 
@@ -50,23 +56,25 @@ def check_groups(views: list[MatrixView], widths: dict[str, int]) -> None:
 def test_fifty_rates(sizes: dict[str, int]) -> None:
     views = views_of(**sizes)
     for bits in RATES:
-        widths = uniform(views, PYRAMID, bits)
-        rate = stored_bits(views, widths) / weights(views)
+        specs = uniform(views, PYRAMID, bits)
+        rate = stored_bits(views, specs) / weights(views)
         assert rate <= bits
         assert rate >= bits - 0.02
-        check_groups(views, widths)
-        assert widths == uniform(views, PYRAMID, bits)
+        check_groups(views, specs)
+        assert specs == uniform(views, PYRAMID, bits)
+        assert specs.keys() == {view.name for view in views}
+        assert all(spec == PYRAMID.spec(spec.width) for spec in specs.values())
 
 
 def test_what_is_counted_is_what_is_stored() -> None:
     views = views_of()[:7]
-    widths = uniform(views, PYRAMID, 3.25)
+    specs = uniform(views, PYRAMID, 3.25)
     generator = torch.Generator().manual_seed(0)
     found = 0
     for view in views:
-        matrix = PYRAMID.quantize(torch.randn(view.shape, generator=generator), PYRAMID.spec(widths[view.name]))
+        matrix = PYRAMID.quantize(torch.randn(view.shape, generator=generator), specs[view.name])
         found += 8 * matrix.payload().numel()
-    assert found == stored_bits(views, widths)
+    assert found == stored_bits(views, specs)
 
 
 @pytest.mark.parametrize("bits", [2.51, 3.25, 3.9])
@@ -78,7 +86,7 @@ def test_nearest_of_all_assignments(bits: float) -> None:
     best = 0
     for choice in itertools.product(near, repeat=len(groups)):
         widths = dict(zip(groups, choice, strict=True))
-        total = stored_bits(views, {view.name: widths[view.group] for view in views})
+        total = stored_bits(views, of_widths({view.name: widths[view.group] for view in views}))
         if total <= bits * weights(views):
             best = max(best, total)
     found = stored_bits(views, uniform(views, PYRAMID, bits))
@@ -89,15 +97,15 @@ def test_nearest_of_all_assignments(bits: float) -> None:
 def test_one_matrix_takes_the_widest_that_fits() -> None:
     view = MatrixView("w", "w.weight", None, (64, 64), 0, "w", "w")
     for bits in RATES:
-        (width,) = uniform([view], PYRAMID, bits).values()
-        assert stored_bits([view], {"w": width}) <= bits * view.weights
-        if width < PYRAMID.widths()[-1]:
-            assert stored_bits([view], {"w": width + 1}) > bits * view.weights
+        (spec,) = uniform([view], PYRAMID, bits).values()
+        assert stored_bits([view], {"w": spec}) <= bits * view.weights
+        if spec.width < PYRAMID.widths()[-1]:
+            assert stored_bits([view], of_widths({"w": spec.width + 1})) > bits * view.weights
 
 
 def test_ends_of_the_stack_and_small_groups_are_served_first() -> None:
     views = views_of(**MEDIUM)
-    widths = uniform(views, PYRAMID, 3.25)
+    widths = {name: spec.width for name, spec in uniform(views, PYRAMID, 3.25).items()}
     wide, narrow = max(widths.values()), min(widths.values())
     by_block = [{widths[view.name] for view in views if view.block == block} for block in range(6)]
     assert wide == narrow + 1
@@ -117,17 +125,17 @@ def test_the_ends_of_the_range_can_be_asked_for() -> None:
     for columns in range(33, 160, 2):
         view = MatrixView("w", "w.weight", None, (7, columns), 0, "w", "w")
         for width in (PYRAMID.widths()[0], 40, PYRAMID.widths()[-1]):
-            bits = stored_bits([view], {"w": width}) / view.weights
-            assert uniform([view], PYRAMID, bits) == {"w": width}
+            specs = of_widths({"w": width})
+            assert uniform([view], PYRAMID, stored_bits([view], specs) / view.weights) == specs
         with pytest.raises(UsageError, match="in "):
-            uniform([view], PYRAMID, math.nextafter(stored_bits([view], {"w": 24}) / view.weights, 0))
+            uniform([view], PYRAMID, math.nextafter(stored_bits([view], of_widths({"w": 24})) / view.weights, 0))
 
 
 def test_padding_is_never_paid_for() -> None:
     """A bound of 7 ends what bits can buy at 59 a group; a budget above is refused, with the range."""
     bounded = codec("pyramid", max=7)
     views = views_of(**MEDIUM)
-    assert max(uniform(views, bounded, 3.6).values()) <= 59
+    assert max(spec.width for spec in uniform(views, bounded, 3.6).values()) <= 59
     with pytest.raises(UsageError, match=r"in 1\.\d+ to 3\.7\d+ bits a weight, not in 4\.0"):
         uniform(views, bounded, 4.0)
 
@@ -139,6 +147,21 @@ def test_many_blocks_are_quick() -> None:
         for block in range(80)
         for name, rows, columns in (("a", 8191, 8187), ("b", 28_657, 8191), ("c", 1023, 8190))
     ]
-    widths = uniform(views, PYRAMID, 3.25)
-    rate = stored_bits(views, widths) / weights(views)
+    rate = stored_bits(views, uniform(views, PYRAMID, 3.25)) / weights(views)
     assert 3.245 <= rate <= 3.25
+
+
+def test_signs_of_mixed_sides_are_paid_for() -> None:
+    """What `mixing` adds is a bit per channel of each mixed side, rounded up to bytes; it comes off the codes."""
+    views = views_of(num_hidden_layers=1)
+    words = dict(zip((view.name for view in views), itertools.cycle(["none", "input", "output", "both"]), strict=False))
+    specs = uniform(views, PYRAMID, 4.0, words)
+    assert {name: spec.mixing for name, spec in specs.items()} == words
+    signs = 0
+    for view in views:
+        rows, columns = view.shape
+        signs += 8 * math.ceil(rows / 8) * (words[view.name] in ("output", "both"))
+        signs += 8 * math.ceil(columns / 8) * (words[view.name] in ("input", "both"))
+    plain = {name: replace(spec, mixing="none") for name, spec in specs.items()}
+    assert stored_bits(views, specs) == stored_bits(views, plain) + signs <= 4.0 * weights(views)
+    assert stored_bits(views, plain) < stored_bits(views, uniform(views, PYRAMID, 4.0))

@@ -36,9 +36,9 @@ TIMED = ("seconds", "peak_rss_bytes")
 def quantize(source: Path, out: Path, bits: float = 3.25, method: Codec = PYRAMID, **options: Any) -> dict[str, Any]:
     listeners = options.pop("listeners", [])
     target = open_target(source)
-    widths = uniform(target.views, method, bits)
+    specs = uniform(target.views, method, bits)
     with Workspace.open(out.with_name(f"{out.name}-work"), {"bits": bits}) as work:
-        return quantize_checkpoint(source, out, widths, method, work, Events(listeners), bits_target=bits, **options)
+        return quantize_checkpoint(source, out, specs, method, work, Events(listeners), bits_target=bits, **options)
 
 
 def contents(folder: Path) -> Mapping[str, bytes]:
@@ -119,9 +119,9 @@ def test_what_belongs_to_the_model_is_copied(artifact: Path) -> None:
 @pytest.mark.parametrize(("bits", "max_shard_bytes"), [(2.2, 10**9), (3.7, 6000)])
 def test_predicted_size_is_the_size(source: Path, tmp_path: Path, bits: float, max_shard_bytes: int) -> None:
     target = open_target(source)
-    widths = uniform(target.views, PYRAMID, bits)
+    specs = uniform(target.views, PYRAMID, bits)
     report = quantize(source, tmp_path / "out", bits, max_shard_bytes=max_shard_bytes)
-    prediction = predict(target, widths, PYRAMID, max_shard_bytes)
+    prediction = predict(target, specs, max_shard_bytes)
     shards = list((tmp_path / "out").glob("*.safetensors"))
     assert prediction.model_bytes == sum(path.stat().st_size for path in shards) == report["model_bytes"]
     assert prediction.bits_per_weight == report["bits_per_weight"]
@@ -141,20 +141,20 @@ def test_sharded_source_and_sharded_result_are_the_same_model(source: Path, arti
 def test_results_inside_the_model_are_refused(source: Path, tmp_path: Path, place: str) -> None:
     before = sorted(source.rglob("*"))
     target = open_target(source)
-    widths = uniform(target.views, PYRAMID, 3.25)
+    specs = uniform(target.views, PYRAMID, 3.25)
     with Workspace.open(tmp_path / "work", {}) as work, pytest.raises(UsageError, match="inside the model's folder"):
-        quantize_checkpoint(source, source / place, widths, PYRAMID, work, Events())
+        quantize_checkpoint(source, source / place, specs, PYRAMID, work, Events())
     assert sorted(source.rglob("*")) == before
 
 
 def test_a_work_folder_inside_the_model_is_refused(tmp_path: Path) -> None:
     inner = families.save(families.llama(num_hidden_layers=1), tmp_path / "m")
-    widths = uniform(open_target(inner).views, PYRAMID, 3.25)
+    specs = uniform(open_target(inner).views, PYRAMID, 3.25)
     with (
         Workspace.open(inner / "work", {}) as work,
         pytest.raises(UsageError, match=r"inside the model's folder .* another --work"),
     ):
-        quantize_checkpoint(inner, tmp_path / "out", widths, PYRAMID, work, Events())
+        quantize_checkpoint(inner, tmp_path / "out", specs, PYRAMID, work, Events())
 
 
 @dataclass
@@ -223,7 +223,7 @@ def test_taken_place_is_refused_before_the_work(source: Path, tmp_path: Path) ->
         quantize(source, tmp_path / "out", method=Failing(0))
 
 
-def test_widths_of_another_model(source: Path, tmp_path: Path) -> None:
+def test_specs_of_another_model(source: Path, tmp_path: Path) -> None:
     with Workspace.open(tmp_path / "w", {}) as work, pytest.raises(ModelError, match="differ in 14 matrices"):
         quantize_checkpoint(source, tmp_path / "out", {}, PYRAMID, work, Events())
 
@@ -338,11 +338,11 @@ torch.set_num_threads(1)
 source, out = Path(sys.argv[1]), Path(sys.argv[2])
 pyramid = codec("pyramid")
 target = open_target(source)
-widths = uniform(target.views, pyramid, 3.0)
+specs = uniform(target.views, pyramid, 3.0)
 pyramid.quantize(torch.randn(64, 64), pyramid.spec(48)).dequantize()
 before = peak_rss_bytes()
 with Workspace.open(out.with_name("w"), {}) as work:
-    quantize_checkpoint(source, out, widths, pyramid, work, Events())
+    quantize_checkpoint(source, out, specs, pyramid, work, Events())
 print(peak_rss_bytes() - before)
 """
 

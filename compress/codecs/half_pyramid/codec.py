@@ -43,6 +43,7 @@ from compress.errors import ArtifactError, UsageError
 from compress.ops.bits import packed_bytes
 from compress.ops.half_pyramid.native import FLOATS
 from compress.ops.half_pyramid.shape import MOST_LEVELS, plane_widths
+from compress.ops.span import Pyramid
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class HalfPyramidCodec(Codec):
             planes = ops.half_pyramid_pack(groups.values, gain, coset, shape, spec.width)
             return QuantizedMatrix(spec, size, dict(zip(names, (scale, rows, *planes), strict=True)))
 
-        return GroupCodec(spec.dim, gains, encode, pack)
+        return GroupCodec(Pyramid(shape.dim, shape.pulses, shape.levels, shape.shift, gains), encode, pack)
 
     def integers(self, matrix: QuantizedMatrix) -> tuple[Tensor, Tensor]:
         shape, (rows, columns) = entry_of(matrix.spec).shape, matrix.shape

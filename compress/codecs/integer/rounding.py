@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compress.codecs.base import CodecSpec, QuantizedMatrix
+from compress.codecs.base import CodecSpec, QuantizedMatrix, Rounding
 from compress.codecs.integer.config import config_of
 from compress.codecs.integer.grid import Grid, stored
 from compress.codecs.integer.streams import pack_codes
@@ -15,7 +15,7 @@ from compress.errors import NumericsError
 LARGEST_SCALE = torch.finfo(torch.float16).max
 
 
-class IntegerRounding:
+class IntegerRounding(Rounding):
     """`compress.codecs.base.Rounding` of group integers. Every column is rounded on its own, so a metric changes
     nothing, and `round` takes any number of columns, of one group or several.
 

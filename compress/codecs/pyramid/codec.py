@@ -28,6 +28,7 @@ from compress.codecs.rows import row_scales
 from compress.codecs.worthwhile import worthwhile
 from compress.errors import ArtifactError, UsageError
 from compress.ops.bits import packed_bytes
+from compress.ops.span import Pyramid
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def _groups(size: tuple[int, int], spec: CodecSpec, device: torch.device) -> Gro
         codes = ops.pack_bits(index * len(shape.levels) + groups.fields[0], spec.width)
         return QuantizedMatrix(spec, size, {"scale": scale, "rows": rows, "codes": codes})
 
-    return GroupCodec(spec.dim, levels, encode, pack)
+    return GroupCodec(Pyramid(shape.dim, shape.pulses, tuple(range(shape.limit + 1)), 0, levels), encode, pack)
 
 
 def shape_of(spec: CodecSpec) -> Shape:
