@@ -256,6 +256,7 @@ def test_code_of_a_model_is_trusted_everywhere_or_nowhere(monkeypatch: pytest.Mo
             r"different tokenizers",
         ),
         ({"evaluate": {**EVALUATE, "reference": "encoder"}}, ModelError, r"'encoder' is an encoder"),
+        ({"quantize": {**CALIBRATED, "context": 65}}, UsageError, r"quantize\.context asks for 65.*--context 64"),
         ({"evaluate": {**EVALUATE, "context": 65}}, UsageError, r"evaluate\.context asks for 65.*--context 64"),
         ({"model": "encoder", "evaluate": EVALUATE}, UsageError, r"evaluate\.reference"),
         ({"model": "encoder", "evaluate": {**ENCODER, "samples": 1}}, UsageError, r"Remove evaluate\.samples"),

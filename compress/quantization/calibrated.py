@@ -27,7 +27,7 @@ from compress.errors import NumericsError
 from compress.modeling.stack import Batch, Call, record
 from compress.modeling.structure import MatrixView, find_blocks
 from compress.quantization.activations import Activations
-from compress.quantization.hessian import Factor, Moments, factorize, output_error
+from compress.quantization.hessian import Factor, Moments, factorize, output_energy
 from compress.quantization.inputs import structure_of, token_rows
 from compress.quantization.ldlq import Order, round_matrix
 from compress.quantization.matrix import MatrixReport, quantize_matrix, sqnr
@@ -216,6 +216,7 @@ def _round_group(
     if moments is None:
         yield from _fall_back(views, weight_of, scheme, "never called")
         return
+    facts = {"tokens": moments.tokens, "dead_channels": moments.dead, "broken_channels": moments.broken}
     signs = scheme.signs[views[0].name].input
     if signs is not None:
         mix_moment(moments.hessian, signs)
@@ -226,8 +227,8 @@ def _round_group(
     columns = order.columns
     diagonal = moments.hessian.diagonal()[columns].clone()
     moved = [_moved(weight_of(view), moments, columns) for view in views]
+    moments.shift = None
     hessian = moments.hessian[columns.unsqueeze(1), columns]
-    facts = {"tokens": moments.tokens, "dead_channels": moments.dead, "broken_channels": moments.broken}
     moments.release()
     try:
         factor = factorize(hessian, scheme.options.damping, views[0].name)
@@ -257,7 +258,7 @@ def _moved(weight: Tensor, moments: Moments, columns: Tensor) -> Tensor | None:
     """W C float32 [o, n], columns in order; None without C."""
     if moments.shift is None:
         return None
-    return (weight.double() @ moments.shift)[:, columns].to(torch.float32)
+    return (weight @ moments.shift.to(torch.float32))[:, columns]
 
 
 def _round_one(
@@ -275,18 +276,18 @@ def _round_one(
     if moved is not None:
         target = weight + options.asymmetric * torch.cholesky_solve(moved.T, factor.lower).T
     rules: tuple[GainRule, ...] = ("projection", "norm") if options.gain == "best" else (options.gain,)
-    found: list[tuple[float, QuantizedMatrix, float]] = []
+    found: list[tuple[float, QuantizedMatrix, Tensor]] = []
     for rule in rules:
         rounding = scheme.codec.rounding(
             view.shape, scheme.specs[view.name], weight.device, gain=rule, search=options.search
         )
         round_matrix(target, factor, order, rounding, sweeps=options.sweeps, refit=options.refit)
         value = rounding.decoded()[:, order.columns]
-        loss, _ = output_error(target, value, factor, diagonal)
-        error, energy = output_error(weight, value, factor, diagonal)
-        found.append((loss, rounding.finish(), error / energy if energy > 0 else 0.0))
-    _, matrix, error = min(found, key=lambda one: one[0])
-    return matrix, error
+        loss = output_energy(target - value, factor, diagonal) if len(rules) > 1 else 0.0
+        found.append((loss, rounding.finish(), value))
+    _, matrix, value = min(found, key=lambda one: one[0])
+    energy = output_energy(weight, factor, diagonal)
+    return matrix, output_energy(weight - value, factor, diagonal) / energy if energy > 0 else 0.0
 
 
 def _fall_back(

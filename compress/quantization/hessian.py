@@ -25,6 +25,8 @@ from compress.errors import NumericsError
 
 CHUNK_TOKENS = 1024
 """Tokens whose products are taken at once."""
+CHUNK_CHANNELS = 512
+"""Rows of H that are added to at once; of H what lies left of them is the mirror image of what lies above."""
 STRONGER = 10.0
 ATTEMPTS = 4
 """How often a matrix that has no Cholesky factor gets stronger damping, and how much."""
@@ -47,9 +49,9 @@ class Moments:
         for start in range(0, len(x), CHUNK_TOKENS):
             part = slice(start, start + CHUNK_TOKENS)
             chunk = self._finite(x[part])
-            self.hessian += chunk.T @ chunk
+            _add_products(self.hessian, chunk, chunk, symmetric=True)
             if self.shift is not None and original is not None:
-                self.shift += (self._finite(original[part]) - chunk).T @ chunk
+                _add_products(self.shift, self._finite(original[part]) - chunk, chunk, symmetric=False)
         self.tokens += len(x)
 
     def _finite(self, chunk: Tensor) -> Tensor:
@@ -73,10 +75,20 @@ class Moments:
 
     def close(self) -> None:
         """End of the sums: H and C become means over tokens, and channels that broke somewhere are none everywhere."""
+        for start in range(0, len(self.hessian), CHUNK_CHANNELS):
+            part = slice(start, start + CHUNK_CHANNELS)
+            self.hessian[start + CHUNK_CHANNELS :, part] = self.hessian[part, start + CHUNK_CHANNELS :].T
         for moment in (self.hessian, self.shift):
             if moment is not None:
                 moment.div_(max(self.tokens, 1))
                 moment.masked_fill_(self._broken, 0.0).masked_fill_(self._broken.unsqueeze(1), 0.0)
+
+
+def _add_products(moment: Tensor, left: Tensor, right: Tensor, symmetric: bool) -> None:
+    """moment += left^T right, or, if that is symmetric, its blocks on and above the diagonal."""
+    for start in range(0, len(moment), CHUNK_CHANNELS):
+        first = start if symmetric else 0
+        moment[start : start + CHUNK_CHANNELS, first:] += left[:, start : start + CHUNK_CHANNELS].T @ right[:, first:]
 
 
 @dataclass(frozen=True)
@@ -105,7 +117,9 @@ def factorize(hessian: Tensor, damping: float, name: str) -> Factor:
         added = wanted
         lower, failed = torch.linalg.cholesky_ex(hessian)
         if not int(failed):
-            return Factor(lower.to(torch.float32), hessian.to(torch.float32), added)
+            factor = lower.to(torch.float32)
+            del lower  # one float64 matrix less while the other is converted
+            return Factor(factor, hessian.to(torch.float32), added)
         del lower
         wanted = max(added * STRONGER, 1e-6 * mean)
     raise NumericsError(
@@ -114,20 +128,15 @@ def factorize(hessian: Tensor, damping: float, name: str) -> Factor:
     )
 
 
-def output_error(weight: Tensor, rounded: Tensor, factor: Factor, diagonal: Tensor) -> tuple[float, float]:
-    """tr(E H E^T) with E = W - V, and tr(W H W^T), of W and V float32 [o, n].
+def output_energy(matrix: Tensor, factor: Factor, diagonal: Tensor) -> float:
+    """tr(E H E^T) of E float32 [o, n].
 
     H is that of `factor` without its damping: `diagonal` float64 [n] is what the diagonal was. Products run in float32,
     sums in float64.
     """
     added = factor.hessian.diagonal().double() - diagonal
-
-    def energy(matrix: Tensor) -> float:
-        total = 0.0
-        for start in range(0, len(matrix), CHUNK_TOKENS):
-            part = matrix[start : start + CHUNK_TOKENS]
-            total += float(((part @ factor.hessian) * part).sum(dtype=torch.float64))
-            total -= float((part.double().square() @ added).sum())
-        return max(total, 0.0)
-
-    return energy(weight - rounded), energy(weight)
+    total = 0.0
+    for part in matrix.split(CHUNK_TOKENS):
+        total += float(((part @ factor.hessian) * part).sum(dtype=torch.float64))
+        total -= float((part.square().sum(0, dtype=torch.float64) @ added).sum())
+    return max(total, 0.0)

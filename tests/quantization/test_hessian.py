@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import NumericsError
-from compress.quantization.hessian import CHUNK_TOKENS, Moments, factorize, output_error
+from compress.quantization.hessian import CHUNK_TOKENS, Moments, factorize, output_energy
 from tests.codecs.payloads import normal
 
 CPU = torch.device("cpu")
@@ -171,7 +171,7 @@ def test_a_matrix_that_stays_indefinite_is_an_error(least: float, damping: float
 
 
 @pytest.mark.parametrize(("rows", "channels"), [(1, 7), (33, 44), (CHUNK_TOKENS + 3, 12)])
-def test_output_error_is_a_trace(rows: int, channels: int) -> None:
+def test_output_energy_is_a_trace(rows: int, channels: int) -> None:
     """In the Hessian as it was: neither damping nor what a dead channel got is in it."""
     hessian = positive(channels)
     hessian[2] = 0
@@ -180,19 +180,20 @@ def test_output_error_is_a_trace(rows: int, channels: int) -> None:
     weight = normal(rows, channels, seed=1)
     rounded = weight + 0.1 * normal(rows, channels, seed=2)
     left = (weight - rounded).double()
-    error, energy = output_error(weight, rounded, factor, hessian.diagonal())
+    error = output_energy(weight - rounded, factor, hessian.diagonal())
+    energy = output_energy(weight, factor, hessian.diagonal())
     assert error == pytest.approx(float(torch.trace(left @ hessian @ left.T)), rel=1e-5)
     assert energy == pytest.approx(float(torch.trace(weight.double() @ hessian @ weight.double().T)), rel=1e-5)
-    assert output_error(weight, weight, factor, hessian.diagonal())[0] == 0
+    assert output_energy(torch.zeros_like(weight), factor, hessian.diagonal()) == 0
 
 
-def test_output_error_is_that_of_the_outputs() -> None:
+def test_output_energy_is_that_of_the_outputs() -> None:
     x, weight = normal(200, 16), normal(10, 16, seed=1)
     rounded = weight.round()
     moments = moments_of(x)
     diagonal = moments.hessian.diagonal().clone()
     factor = factorize(moments.hessian, 0.01, "w")
-    error, energy = output_error(weight, rounded, factor, diagonal)
+    error, energy = (output_energy(matrix, factor, diagonal) for matrix in (weight - rounded, weight))
     outputs, lost = x.double() @ weight.double().T, x.double() @ (weight - rounded).double().T
     assert error == pytest.approx(float(lost.square().sum()) / 200, rel=1e-5)
     assert energy == pytest.approx(float(outputs.square().sum()) / 200, rel=1e-5)

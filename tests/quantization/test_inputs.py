@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from compress.modeling.stack import Call, record
 from compress.modeling.structure import find_blocks, matrices
-from compress.quantization.inputs import inputs_of, shared_inputs, token_rows
+from compress.quantization.inputs import inputs_of, structure_of, token_rows
 from tests import families
 
 PLAIN = Call((), {})
@@ -71,9 +71,13 @@ def test_real_blocks(architecture: str, family: str, groups: list[list[str]]) ->
     (recording,) = record(model, [{"input_ids": families.token_ids()}], find_blocks(model)[0][1])
     names = [view.module.removeprefix(f"{prefix}.") for view in matrices(model) if view.block == 1]
     call = recording.calls[1]
-    found = shared_inputs(block, names[::-1], call, recording.hidden)
-    assert [sorted(group) for group in found] == [sorted(group) for group in groups]
-    inputs = inputs_of(block, names, call, recording.hidden)
+    found = structure_of(block, names[::-1], call, recording.hidden)
+    assert [sorted(group) for group in found.groups] == [sorted(group) for group in groups]
+    whole = {"self_attn.o_proj": ("self_attn", 1), "mlp.down_proj": ("mlp", -1)}
+    assert found.tails == ({} if family == "bert" else whole)  # BERT's last maps are followed by a norm
+    inputs, output = inputs_of(block, names, call, recording.hidden, to_the_end=True)
+    assert output is not None
+    assert torch.equal(output, call.run(block, recording.hidden))
     assert inputs.keys() == set(names)
     kept: dict[str, Tensor] = {}
 
@@ -91,8 +95,8 @@ def test_real_blocks(architecture: str, family: str, groups: list[list[str]]) ->
 
 def test_order_groups_and_what_is_never_called() -> None:
     net, x = Net(), torch.randn(2, 3, 4)
-    assert shared_inputs(net, list("abcdef"), PLAIN, x) == [["b", "a"], ["c"], ["d"], ["f"], ["e"]]
-    assert shared_inputs(net, ["e", "f", "a"], PLAIN, x) == [["a"], ["f"], ["e"]]
+    assert structure_of(net, list("abcdef"), PLAIN, x).groups == (("b", "a"), ("c",), ("d",), ("f",), ("e",))
+    assert structure_of(net, ["e", "f", "a"], PLAIN, x).groups == (("a",), ("f",), ("e",))
 
 
 def test_the_pass_ends_once_all_is_known() -> None:
@@ -100,11 +104,11 @@ def test_the_pass_ends_once_all_is_known() -> None:
     reached: list[str] = []
     for name in "abcdef":
         net.get_submodule(name).register_forward_hook(lambda module, args, output, name=name: reached.append(name))
-    found = inputs_of(net, ["c", "a"], PLAIN, x)
+    found, _ = inputs_of(net, ["c", "a"], PLAIN, x)
     assert torch.equal(found["a"], x) and torch.equal(found["c"], x)
     assert reached == ["b", "a"]
     reached.clear()
-    found = inputs_of(net, ["e", "f"], PLAIN, x)
+    found, _ = inputs_of(net, ["e", "f"], PLAIN, x)
     assert found.keys() == {"f"} and reached == list("bacddf")
     assert not any(module._forward_pre_hooks for module in net.modules())
 
@@ -113,16 +117,17 @@ def test_a_map_called_twice_gives_its_first_input() -> None:
     net, x = Net(), torch.randn(2, 3, 4)
     with torch.no_grad():
         first = net.c(x) + net.b(x) + net.a(x)
-    torch.testing.assert_close(inputs_of(net, ["d"], PLAIN, x)["d"], first)
-    torch.testing.assert_close(inputs_of(net, ["d", "f"], PLAIN, x)["d"], first)
+    torch.testing.assert_close(inputs_of(net, ["d"], PLAIN, x)[0]["d"], first)
+    torch.testing.assert_close(inputs_of(net, ["d", "f"], PLAIN, x)[0]["d"], first)
 
 
 def test_hooks_go_after_an_error() -> None:
     net = Net()
-    for ask in (inputs_of, shared_inputs):
+    asks: tuple[Any, ...] = (inputs_of, structure_of)
+    for ask in asks:
         with pytest.raises(RuntimeError):
             ask(net, ["a", "f"], PLAIN, torch.randn(2, 5))
-    assert not any(module._forward_pre_hooks for module in net.modules())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in net.modules())
 
 
 def test_token_rows() -> None:
