@@ -41,7 +41,7 @@ def changes() -> dict[str, tuple[str, dict[str, Any]]]:
         return {"rounding": dataclasses.replace(DEFAULT, **fields)}
 
     return {
-        "default": (str(DEFAULT), {}),
+        "default": (DEFAULT.text, {}),
         "ldlq": ("rounding to the nearest, without data", {"rounding": Nearest(), "data": None}),
         "hadamard": ("transform=hadamard", {"transform": "hadamard"}),
         "order": ("columns as they are", options(order=False)),

@@ -13,6 +13,8 @@ def model_card(name: str, report: dict[str, Any]) -> str:
         ("bytes of the weight files", f"{report['model_bytes']:,}"),
         ("bytes of the original's", f"{report['original_bytes']:,}"),
         ("matrices", f"{len(report['matrices'])}"),
+        ("rounding", report["rounding"]),
+        ("transform", report["transform"]),
         ("mean relative error of a matrix", f"{_mean_error(report):.4g}"),
     ]
     table = "\n".join(f"| {label} | {value} |" for label, value in rows)

@@ -8,7 +8,7 @@ at a time: a copy of the whole matrix in float64 would be twice as large as ever
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,6 +38,14 @@ class MatrixReport:
     sqnr_db: float | None
     status: str
     calibration: dict[str, float] | None = None
+
+    def doubts(self) -> Iterator[str]:
+        """What somebody should know who reads no report."""
+        if self.status.startswith("nearest"):
+            yield f"'{self.name}' was rounded to the nearest: {self.status.removeprefix('nearest ')}."
+        broken = (self.calibration or {}).get("broken_channels", 0)
+        if broken:
+            yield f"{broken} of the {self.shape[1]} inputs of '{self.name}' are not finite; they were left out."
 
     def to_dict(self) -> dict[str, Any]:
         plain = {**asdict(self), "shape": list(self.shape)}

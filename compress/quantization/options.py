@@ -43,6 +43,17 @@ class Ldlq:
     asymmetric: float = 1.0
     fallback: Literal["error", "nearest"] = "error"
 
+    @property
+    def text(self) -> str:
+        """As on the command line, with what differs from the defaults."""
+        fields = [(field.name, getattr(self, field.name), field.default) for field in dataclasses.fields(self)]
+        changed = [
+            f"{name}={str(value).lower() if isinstance(value, bool) else value}"
+            for name, value, default in fields
+            if value != default
+        ]
+        return f"{self.name}:{','.join(changed)}" if changed else self.name
+
     def __post_init__(self) -> None:
         allowed = {
             "gain": ("projection", "norm", "best"),

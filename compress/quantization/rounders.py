@@ -34,6 +34,9 @@ INPUTS = "quantize/inputs"
 class Rounder(Protocol):
     """Blocks are rounded in order: `round_block`, `carry_on`, and when that is on disk, `committed`."""
 
+    text: str
+    """How, for the report."""
+
     def first(self, done: Sequence[bool]) -> int:
         """The first block to round, given which are done: all before it must be."""
         ...
@@ -59,6 +62,8 @@ class Rounder(Protocol):
 
 class NearestRounder:
     """Each matrix by itself to the nearest."""
+
+    text = "nearest"
 
     def __init__(self, target: Target, codec: Codec, specs: Mapping[str, CodecSpec]) -> None:
         self._target, self._codec, self._specs = target, codec, specs
@@ -115,6 +120,10 @@ class CalibratedRounder:
         trust_remote_code: bool,
     ) -> None:
         self._target, self._workspace = target, workspace
+        named = [options.data] if isinstance(options.data, str) else options.data
+        texts = [part for part in named if isinstance(part, str)]
+        size = f"{options.rows} rows of {options.context} tokens of {' + '.join(texts)}, seed {options.seed}"
+        self.text = f"{options.options.text}, {size if texts else 'batches as given'}"
         self._device = torch.device(options.device)
         self._model: PreTrainedModel = hollow(load_config(target.source, trust_remote_code), trust_remote_code)
         self._blocks = [name for name, _ in find_blocks(self._model)]

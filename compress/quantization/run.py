@@ -76,7 +76,8 @@ def quantize_checkpoint(
         rounder = CalibratedRounder(target, codec, specs, calibration, workspace, trust_remote_code)
     with events.stage(STAGE, len(blocks)):
         records = _quantize_blocks(blocks, rounder, workspace, events)
-    report = _report(target, specs, records, bits_target, max_shard_bytes)
+    how = {"rounding": rounder.text, "transform": transform}
+    report = {**_report(target, specs, records, bits_target, max_shard_bytes), **how}
     staged = stage_beside(out)
     started = time.monotonic()
     with disk_errors(out):
@@ -131,6 +132,8 @@ def _quantize_one(index: int, views: Sequence[MatrixView], rounder: Rounder, wor
     for view, matrix, report in rounder.round_block(index, views):
         payloads[view.parameter] = matrix.payload()
         reports.append(report.to_dict())
+        for text in report.doubts():
+            workspace.events.emit("warning", text=text)
     with disk_errors(path):
         write_tensors(path, payloads)
     carried = rounder.carry_on(index)
