@@ -29,8 +29,8 @@ METHODS: dict[str, tuple[float, str, dict[str, Any]]] = {
     "GPTQ, 3 bits, group 64": (3.3, "integer:group=64,clip=false", {"rounding": GPTQ}),
     "integer, 3 bits, group 64": (3.3, "integer:group=64", {}),
     "half_pyramid": (3.25, "half_pyramid", {}),
-    "half_pyramid, hadamard": (3.25, "half_pyramid", {"transform": "hadamard"}),
-    "half_pyramid:dim=16": (3.25, "half_pyramid:dim=16", {}),
+    "half_pyramid, not mixed": (3.25, "half_pyramid", {"transform": "none"}),
+    "half_pyramid:dim=16, not mixed": (3.25, "half_pyramid:dim=16", {"transform": "none"}),
     "half_pyramid, no data": (3.25, "half_pyramid", {"data": None}),
 }
 

@@ -72,7 +72,12 @@ quantize_options = stack(
         default=None,
         help="nearest, or ldlq, which needs data.  [default: what the data allow]",
     ),
-    shown("--transform", "none", "What mixes the matrices before rounding.", click.Choice(["none", "hadamard"])),
+    shown(
+        "--transform",
+        "auto",
+        "What mixes the matrices before rounding; auto: hadamard for calibrated half_pyramid, if no head is untied.",
+        click.Choice(["auto", "none", "hadamard"]),
+    ),
     shown("--memory", "2GB", "Hidden states kept in memory; the rest on disk.", metavar="SIZE"),
     seed_option,
     device_option,

@@ -222,7 +222,7 @@ def _quantize(task: Task) -> dict[str, Any]:
         task.workspace,
         task.workspace.events,
         calibration=calibration,
-        transform=asked.transform,
+        transform=planned.transform,
         seed=task.recipe.seed,
         bits_target=asked.bits,
         max_shard_bytes=asked.max_shard_bytes,

@@ -85,7 +85,7 @@ def test_bits_are_the_sums_over_the_matrices() -> None:
     }  # fmt: skip
 
 
-CALIBRATED = {"bits": 3.25, "data": "text:text.txt", "rows": 8, "context": 32}
+CALIBRATED = {"bits": 3.25, "data": "text:text.txt", "rows": 8, "context": 32, "transform": "none"}
 
 
 def test_a_quantization_says_how_it_rounds_and_what_it_knows() -> None:
@@ -119,6 +119,22 @@ def test_a_mixed_model_pays_for_its_signs_and_says_what_is_folded() -> None:
         rows, columns = matrix.shape
         sides = {"none": 0, "input": columns, "output": rows, "both": rows + columns}[matrix.mixing]
         assert 8 * matrix.bytes == method.bits(method.spec(matrix.width), matrix.shape) + sides  # multiples of eight
+
+
+def test_mixing_is_chosen_where_it_costs_nothing_else() -> None:
+    """For calibrated half pyramids, but not of what is exported or would get an untied head, nor for other codecs."""
+
+    def chosen(model: str, **more: Any) -> str:
+        parts = {"quantize": {**CALIBRATED, "transform": "auto"}, **more}
+        made = make_plan(make_recipe({"model": model, "out": "out", **parts})).quantization
+        assert made is not None
+        return made.transform
+
+    assert chosen("encoder") == "hadamard"
+    assert chosen("builtin:student") == "none", "its head is tied, and its last norm's gains differ"
+    assert chosen("encoder", quantize={"bits": 3.25}) == "none"
+    assert chosen("encoder", quantize={**CALIBRATED, "transform": "auto", "codec": "pyramid"}) == "none"
+    assert chosen("encoder", export=[{"to": "onnx"}]) == "none"
 
 
 def test_original_bytes_and_parameters_are_those_of_the_files() -> None:

@@ -1,11 +1,12 @@
-"""Estimates of the memory that rounding takes, in bytes, the program itself left out.
+"""Estimates of the memory that rounding takes, in bytes, the imported program left out.
 
 To the nearest: one block's payloads, and a few working copies of the largest matrix in float32.
 
-With calibration, the larger of two moments. When the calls of the blocks are recorded: what lies outside of the blocks
-and one block, in float32. When a block is rounded: the block in float32, twice where the original's outputs are aimed
-at; of the widest input the sums in float64 and as much again while they are factorized; a few copies of its largest
-matrix. And always the hidden states that are kept, those of a block and of the next.
+With calibration, the largest of three moments. When the calls of the blocks are recorded: what lies outside of the
+blocks, and one block, in float32. When the widest input is summed up: the block, twice where the original's outputs are
+aimed at, the sums in float64, and what a batch leaves on its way through the block. When it is factorized: two and a
+half times the sums instead, and a few copies of the largest matrix that reads it. And always what is kept between, up
+to the budget: hidden states of a block and of the next, and inputs that are needed again.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from compress.data.calibration import BATCH_TOKENS
 from compress.modeling.loading import parameter_count
 from compress.modeling.structure import MatrixView, find_blocks
 from compress.quantization.options import Ldlq
@@ -28,9 +30,12 @@ FLOAT, DOUBLE = 4, 8
 WORKING_COPIES = 4
 """Of the largest matrix while it is rounded, in float32: measured are 14 to 17 bytes a weight, the allocator's gaps
 included, for the weight as stored and in float32, its groups and codes, and what they decode to."""
-MOMENTS = 3
-"""Float64 matrices of the widest input at once: the sums, what moves the target, and the one they are put in order in
-or the factor."""
+FACTORS = 2.5
+"""Float64 matrices of the widest input at once when it is factorized: the sums, the factor, and its float32 form."""
+BATCH_COPIES = 4
+"""Of a batch's widest activations on their way through a block."""
+LIBRARIES = 200_000_000
+"""What tokenizer, threads and the first call of everything take: measured 180 to 220 MB."""
 
 
 def nearest_memory(rows: Sequence[MatrixPlan]) -> int:
@@ -52,10 +57,16 @@ def calibrated_memory(
     blocks = [FLOAT * parameter_count(block) for _, block in find_blocks(model)]
     outside = FLOAT * parameter_count(model.base_model) - sum(blocks)
     streams = 2 if options.asymmetric else 1
-    hidden = FLOAT * recipe.rows * recipe.context * int(model.config.get_text_config().hidden_size)
-    kept = hidden if 2 * streams * hidden <= parse_bytes(recipe.memory) else 0
+    tokens = recipe.rows * recipe.context
+    widths = {view.group: view.shape[1] for view in views if view.block == 0}
+    hidden = int(model.config.get_text_config().hidden_size)
+    wanted = FLOAT * tokens * streams * (2 * hidden + sum(widths.values()))
+    kept = min(parse_bytes(recipe.memory), wanted)
     widest = max(view.shape[1] for view in views)
     largest = FLOAT * max(view.weights for view in views)
+    moment = DOUBLE * widest**2
+    summing = streams * moment + BATCH_COPIES * FLOAT * BATCH_TOKENS * widest
+    factorizing = int(FACTORS * moment) + WORKING_COPIES * largest
     payload = nearest_memory(rows) - WORKING_COPIES * largest
-    rounding = streams * max(blocks) + MOMENTS * DOUBLE * widest**2 + WORKING_COPIES * largest + payload
-    return max(outside + max(blocks), rounding) + 2 * streams * kept
+    rounding = streams * max(blocks) + max(summing, factorizing) + payload + kept
+    return max(outside + max(blocks), rounding) + LIBRARIES

@@ -83,7 +83,9 @@ def make_plan(recipe: Recipe) -> Plan:
     check_models(recipe, subject, subjects)
     quantization = None
     if recipe.quantize is not None:
-        quantization = plan_quantization(recipe.quantize, subject, recipe.trust_remote_code)
+        quantization = plan_quantization(
+            recipe.quantize, subject, recipe.trust_remote_code, exported=bool(recipe.export)
+        )
     return Plan(
         recipe=recipe,
         out=str(places.out),

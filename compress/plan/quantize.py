@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from compress.codecs import codec
 from compress.codecs.base import CodecSpec
@@ -18,7 +18,7 @@ from compress.plan.memory import calibrated_memory, nearest_memory
 from compress.plan.subject import Subject
 from compress.quantization.allocation import uniform
 from compress.quantization.options import Ldlq, rounding_of
-from compress.quantization.target import open_target, predict, transformed
+from compress.quantization.target import chosen_transform, open_target, predict, transformed
 from compress.transforms.incoherence import online_cost
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class QuantizationPlan:
     model_bytes: int
     data_free: bool
     rounding: str
+    transform: Literal["none", "hadamard"]
     memory_bytes: int
     codec: str
     containers: tuple[str, ...]
@@ -59,19 +60,23 @@ class QuantizationPlan:
     matrices: tuple[MatrixPlan, ...]
 
 
-def plan_quantization(recipe: QuantizeRecipe, subject: Subject, trust_remote_code: bool = False) -> QuantizationPlan:
-    """Raises `UsageError` for an unknown codec or option, or when `bits` is out of the codec's reach for this model;
-    `ModelError` for a model that cannot be quantized."""
+def plan_quantization(
+    recipe: QuantizeRecipe, subject: Subject, trust_remote_code: bool = False, exported: bool = False
+) -> QuantizationPlan:
+    """`exported`: the result will be written in another format too. Raises `UsageError` for an unknown codec or option,
+    or when `bits` is out of the codec's reach for this model; `ModelError` for a model that cannot be quantized.
+    """
     method = codec(recipe.codec.name, **recipe.codec.options)
     calibration = recipe.calibration
     options = None if calibration is None else rounding_of(calibration.name, calibration.options)
     views = matrices(subject.model)
     require_linear(views)
+    transform = chosen_transform(recipe.transform, method, recipe.data is not None, exported)
     if subject.checkpoint is not None:
-        target = open_target(subject.checkpoint.folder, trust_remote_code, recipe.transform)
+        target = open_target(subject.checkpoint.folder, trust_remote_code, transform)
         fold, mixing = target.fold, target.mixing
     else:
-        fold, mixing = transformed(subject.model, views, recipe.transform, 0, subject.model.get_parameter)
+        fold, mixing = transformed(subject.model, views, transform, 0, subject.model.get_parameter)
     specs = uniform(views, method, recipe.bits, mixing)
     rows = tuple(_row(view, specs[view.name]) for view in views)
     weights = sum(view.weights for view in views)
@@ -91,7 +96,8 @@ def plan_quantization(recipe: QuantizeRecipe, subject: Subject, trust_remote_cod
         rounding="nearest" if calibration is None else str(calibration),
         memory_bytes=memory,
         codec=str(recipe.codec),
-        containers=() if recipe.transform != "none" else method.containers(specs[views[0].name]),
+        transform="none" if set(mixing.values()) == {"none"} else "hadamard",
+        containers=() if set(mixing.values()) != {"none"} else method.containers(specs[views[0].name]),
         notes=tuple(_notes(recipe, subject, views, fold, mixing)),
         matrices=rows,
     )
@@ -117,12 +123,12 @@ def _notes(
 ) -> Iterator[str]:
     if recipe.data is None:
         yield "data-free: no text is used, every weight counts the same"
-    if recipe.transform == "none":
+    if set(mixing.values()) == {"none"}:
         return
     cost = online_cost(views, mixing)
     online = sum(word != "none" for word in mixing.values())
     yield (
-        f"{recipe.transform}: {online} of {len(views)} matrices are mixed at run time, "
+        f"hadamard: {online} of {len(views)} matrices are mixed at run time, "
         f"{100 * cost.relative:.1f} % more multiply-adds a token in the blocks"
     )
     yield from (f"not folded: {reason}" for reason in fold.sites.reasons)

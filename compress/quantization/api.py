@@ -28,7 +28,7 @@ from compress.quantization.data import CalibrationData, calibration_batches
 from compress.quantization.matrix import MatrixReport, quantize_matrix
 from compress.quantization.modules import PackedLinear, packed_modules
 from compress.quantization.options import Ldlq, Rounding, rounding_of
-from compress.quantization.target import Transform, transformed, untouched
+from compress.quantization.target import Transform, chosen_transform, transformed, untouched
 from compress.recipe.method import parse_method
 from compress.transforms.fold import Fold, fold_model
 from compress.transforms.incoherence import view_signs
@@ -47,7 +47,7 @@ def quantize(
     data: CalibrationData | None = None,
     codec: str | Codec = "half_pyramid",
     rounding: str | Rounding | None = None,
-    transform: Transform = "none",
+    transform: Transform = "auto",
     rows: int = 128,
     context: int = 256,
     seed: int = 0,
@@ -63,7 +63,8 @@ def quantize(
     With `data` the rounding is calibrated: `rows` rows of `context` tokens drawn from sources of text by `seed`, or
     rows of token ids int64 [N, T] as they are. `rounding` is "ldlq" then (`compress.quantization.options.Ldlq` has its
     options), and without data "nearest": each matrix to the nearest that the codec has. `transform="hadamard"` mixes
-    both sides of every matrix before, folded into the model where that can be, so that other parameters change too.
+    both sides of every matrix before, folded into the model where that can be, so that other parameters change too;
+    "auto" does so for calibrated `half_pyramid`, unless a head would be untied.
     `tokenizer` is that of a model given as a module whose own folder is not known; rows of ids need none.
 
     Of a transformers model the config gets a `quantization_config`, so that `save_pretrained` writes an artifact that
@@ -85,6 +86,7 @@ def quantize(
     rounder = _codec(codec) if isinstance(codec, str) else codec
     method = _method(rounding, data)
     fold, mixing = Fold(Sites()), {view.name: "none" for view in views}
+    transform = chosen_transform(transform, rounder, data is not None)
     if transform != "none":
         if not isinstance(model, PreTrainedModel):
             raise UsageError("Only transformers models can be transformed.", remedy='Use transform="none".')

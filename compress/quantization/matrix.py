@@ -18,6 +18,8 @@ from torch import Tensor
 from compress.codecs.base import Codec, CodecSpec, QuantizedMatrix
 from compress.errors import NumericsError
 
+LARGE_ERROR = 0.25
+"""Relative error of a matrix that somebody should look at; at 2 bits a weight .15 is much."""
 CHUNK_WEIGHTS = 2**20
 """Weights that are checked or measured at once."""
 
@@ -43,6 +45,11 @@ class MatrixReport:
         """What somebody should know who reads no report."""
         if self.status.startswith("nearest"):
             yield f"'{self.name}' was rounded to the nearest: {self.status.removeprefix('nearest ')}."
+        if self.relative_error > LARGE_ERROR:
+            yield (
+                f"'{self.name}' lost {self.relative_error:.0%} of its energy: some of its weights may be far larger "
+                "than others, which --transform hadamard spreads, or the rate is too low."
+            )
         broken = (self.calibration or {}).get("broken_channels", 0)
         if broken:
             yield f"{broken} of the {self.shape[1]} inputs of '{self.name}' are not finite; they were left out."

@@ -95,6 +95,7 @@ def rounding_of(name: str, options: Mapping[str, Option | None] | None = None) -
         if known[option] is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if type(value) is not known[option]:
-            raise UsageError(f"The option '{option}' of the rounding '{name}' is {value!r}.", remedy="See the docs.")
+            kind = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}[known[option]]
+            raise UsageError(f"The option '{option}' of the rounding '{name}' is {value!r}.", remedy=f"Give {kind}.")
         given[option] = value
     return cls(**given)

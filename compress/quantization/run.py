@@ -76,7 +76,7 @@ def quantize_checkpoint(
         rounder = CalibratedRounder(target, codec, specs, calibration, workspace, trust_remote_code)
     with events.stage(STAGE, len(blocks)):
         records = _quantize_blocks(blocks, rounder, workspace, events)
-    how = {"rounding": rounder.text, "transform": transform}
+    how = {"rounding": rounder.text, "transform": target.transform}
     report = {**_report(target, specs, records, bits_target, max_shard_bytes), **how}
     staged = stage_beside(out)
     started = time.monotonic()

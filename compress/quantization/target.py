@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compress.codecs.base import CodecSpec
+from compress.codecs.base import Codec, CodecSpec
 from compress.codecs.registry import codec_of
 from compress.errors import ModelError
 from compress.modeling.io import Checkpoint
@@ -30,8 +30,18 @@ from compress.transforms.incoherence import online_mixing, view_signs
 from compress.transforms.probe import proven_sites
 from compress.transforms.signs import Signs
 
-Transform = Literal["none", "hadamard"]
-"""What is done to a model before it is rounded: nothing, or mixing of its matrices, folded where it can be."""
+Transform = Literal["auto", "none", "hadamard"]
+"""What is done to a model before it is rounded: nothing, or mixing of its matrices, folded where it can be; "auto"
+mixes unless that would untie a head."""
+AUTO_CODECS = ("half_pyramid",)
+"""Codecs that are not chosen for the stock containers that hold them, which no mixed matrix fits."""
+
+
+def chosen_transform(transform: Transform, codec: Codec, calibrated: bool, exported: bool = False) -> Transform:
+    """`transform`, where "auto" stays for calibrated rounding with a codec of `AUTO_CODECS` of a model that is not
+    exported, and is "none" for everything else."""
+    mixes = calibrated and not exported and codec.config_type.name in AUTO_CODECS
+    return transform if transform != "auto" or mixes else "none"
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,11 @@ class Target:
     fold: Fold
     mixing: Mapping[str, str]
     seed: int
+
+    @property
+    def transform(self) -> Transform:
+        """What was chosen."""
+        return "none" if all(word == "none" for word in self.mixing.values()) else "hadamard"
 
     def read_original(self, parameter: str) -> Tensor:
         """The tensor of the checkpoint for `parameter`, a name of the model's."""
@@ -118,10 +133,12 @@ def transformed(
 ) -> tuple[Fold, dict[str, str]]:
     """What `transform` folds into `model`, which may be on the meta device, and which sides of the matrices `views` it
     mixes at run time. `read` gives the original tensor of a parameter."""
+    nothing = Fold(Sites()), {view.name: "none" for view in views}
     if transform == "none":
-        return Fold(Sites()), {view.name: "none" for view in views}
+        return nothing
     sites = proven_sites(model)
-    return make_fold(sites, seed, read), online_mixing(views, sites)
+    fold = make_fold(sites, seed, read)
+    return nothing if transform == "auto" and fold.added else (fold, online_mixing(views, sites))
 
 
 def untouched(model: nn.Module, views: list[MatrixView]) -> tuple[str, ...]:

@@ -91,7 +91,11 @@ class QuantizeRecipe(Part):
     rounding: Method | None = Field(
         None, description="nearest, or ldlq[:key=value,...], which needs data; by default what the data allow"
     )
-    transform: Literal["none", "hadamard"] = Field("none", description="what mixes the matrices before rounding")
+    transform: Literal["auto", "none", "hadamard"] = Field(
+        "auto",
+        description="what mixes the matrices before rounding; auto: hadamard for calibrated half_pyramid, where no "
+        "head is untied and nothing is exported",
+    )
     memory: Text = Field("2GB", description="hidden states that are kept in memory; more than that goes to disk")
     max_shard_bytes: Count = Field(5_000_000_000, description="size at which a new weight file is begun")
 
