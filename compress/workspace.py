@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from compress.errors import WorkspaceError
+from compress.errors import CompressError, WorkspaceError
 from compress.events import Events, JsonlLog
 from compress.storage import (
     FORMAT_VERSION,
@@ -79,6 +79,7 @@ class Workspace:
 
         Raises `WorkspaceError` when a live process works there, when the folder was made with other arguments (each is
         named, with both values), when it is no work folder, or cannot be written. `restart` discards what was done.
+        A run that ends with a `CompressError` before any work leaves a folder that takes any arguments, like a new one.
         """
         with disk_errors(folder):
             if folder.is_dir() and not _is_ours(folder):
@@ -92,12 +93,18 @@ class Workspace:
         with lock:
             if restart:
                 _clear(folder)
+            fresh = not (folder / "fingerprint.json").exists()
             overwrite = _settle_fingerprint(folder, json.loads(json.dumps(arguments)), restart)
             with disk_errors(folder):
                 log = JsonlLog(folder / "log.jsonl")
             listeners = events.listeners if events is not None else ()
+            workspace = cls(folder, Events((*listeners, log)), overwrite)
             try:
-                yield cls(folder, Events((*listeners, log)), overwrite)
+                yield workspace
+            except CompressError:
+                if fresh and not workspace.holds_work:
+                    _clear(folder)
+                raise
             finally:
                 log.close()
 
@@ -107,6 +114,11 @@ class Workspace:
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+    @property
+    def holds_work(self) -> bool:
+        """Whether a committed unit has files, or was published: something that would have to be done again."""
+        return any(entry["files"] or "published" in entry["record"] for entry in self._units.values())
 
     def units(self) -> tuple[str, ...]:
         """The committed units, oldest first. Their files are verified only by `done`."""

@@ -16,7 +16,7 @@ import pytest
 from safetensors import SafetensorError
 
 from compress import workspace as workspace_module
-from compress.errors import UsageError, WorkspaceError
+from compress.errors import DataError, UsageError, WorkspaceError
 from compress.events import Event, Events
 from compress.storage import (
     atomic_write,
@@ -91,6 +91,25 @@ def test_other_arguments_are_refused_by_name_with_both_values(tmp_path: Path) ->
         assert work.overwrite
     with Workspace.open(tmp_path / "w", {"model": "other"}) as work:
         assert work.overwrite, "a run begun with restart and taken up again may still replace results"
+
+
+def test_a_run_that_fails_before_any_work_binds_nobody(tmp_path: Path) -> None:
+    """What it says to do, such as fewer rows, must be possible; and what was done is kept whatever happens after."""
+    folder = tmp_path / "w"
+    with pytest.raises(DataError), Workspace.open(folder, ARGUMENTS) as work:
+        work.commit("begun:quantize", [], {})
+        raise DataError("too few rows", remedy="Ask for fewer.")
+    other = {**ARGUMENTS, "quantize.rows": 16}
+    with pytest.raises(DataError), Workspace.open(folder, other) as work:
+        assert work.units() == ()
+        file = work.path("blocks", "0")
+        file.write_bytes(b"a block")
+        work.commit("block 0", [file], {})
+        raise DataError("later")
+    with pytest.raises(WorkspaceError, match=r"quantize\.rows"), Workspace.open(folder, ARGUMENTS):
+        pass
+    with Workspace.open(folder, other) as work:
+        assert work.done("block 0") == {}
 
 
 def test_tuples_and_lists_are_the_same_argument(tmp_path: Path) -> None:
