@@ -140,7 +140,8 @@ class Calibration:
         by_module = {view.module.removeprefix(prefix): view for view in views}
         calls = [calls[index] for calls in self._calls]
         found = structure_of(block, list(by_module), calls[0], inputs.rounded.read(0, self._device))
-        firsts = [names[0] for names in found.groups]
+        groups = [part for names in found.groups for part in self._by_signs([by_module[name] for name in names])]
+        firsts = [views[0].module.removeprefix(prefix) for views in groups]
         last = index + 1 == len(self._prefixes)
         self._after = None if last else self._fresh(index + 1)
         share = self._budget // (2 * len(self._streams))
@@ -156,13 +157,20 @@ class Calibration:
         if inputs.original is not None and original is not None:
             original_after = None if self._after is None else self._after.original
             self._passes.append(passes(original, inputs.original, outputs=original_after))
-        for names in found.groups:
-            members = [by_module[name] for name in names]
-            moments = self._moments(index, names[0])
+        for first, members in zip(firsts, groups, strict=True):
+            moments = self._moments(index, first)
             for view, matrix, report in _round_group(members, block, prefix, moments, self._scheme):
                 linear = block.get_submodule(view.module.removeprefix(prefix))
                 linear.weight.copy_(matrix.dequantize())  # type: ignore[operator, union-attr]
                 yield view, matrix, report
+
+    def _by_signs(self, views: Sequence[MatrixView]) -> list[list[MatrixView]]:
+        """Matrices with one input in parts that mix it alike: an attention and an MLP side by side have signs each."""
+        parts: dict[str, list[MatrixView]] = {}
+        for view in views:
+            mixed = self._scheme.signs[view.name].input is not None
+            parts.setdefault(view.group if mixed else "", []).append(view)
+        return list(parts.values())
 
     def carry_on(self, index: int, block: nn.Module, inputs: BlockInputs) -> BlockInputs | None:
         """The inputs of the next block, given the rounded `block`; None after the last."""

@@ -26,6 +26,7 @@ from compress.quantization.calibrated import BlockInputs, Calibration, Scheme
 from compress.quantization.matrix import MatrixReport
 from compress.quantization.modules import packed_modules
 from compress.quantization.options import Ldlq
+from compress.transforms.incoherence import view_signs
 from compress.transforms.signs import Signs
 from tests import families
 
@@ -335,3 +336,23 @@ def test_options_reach_the_rounding() -> None:
     name = "model.layers.1.mlp.down_proj"
     assert torch.equal(weights[0][name], weights[1][name])
     assert not any(torch.equal(weights[0][name], other[name]) for other in weights[2:])
+
+
+def test_an_attention_and_an_mlp_side_by_side_have_their_own_signs() -> None:
+    """Both read one tensor, mixed by each in its way: the Hessian of the one says nothing to the other."""
+    model = families.build("CohereForCausalLM", "cohere", pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    model.requires_grad_(False)
+    data, views = batches("llama"), [view for view in matrices(model) if view.block == 0]
+    signs = {view.name: view_signs(view, "both", 0) for view in views}
+    scheme = Scheme(HALF, uniform(views, HALF, 4.0), signs, Ldlq(asymmetric=0.0))
+    calibration, block = Calibration.in_memory(model, data, scheme), copy.deepcopy(find_blocks(model)[0][1])
+    inputs_of_block = calibration.record_inputs(copy.deepcopy(block))
+    found = {one[0].name: one for one in calibration.round_block(0, block, views, inputs_of_block)}
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.0.mlp.gate_proj"]
+    given = inputs(model, data, [found[name][0] for name in names], {})
+    assert torch.equal(given[names[0]], given[names[1]])
+    for name in names:
+        view, matrix, report = found[name]
+        weight = model.get_parameter(view.parameter)
+        expected = relative_error(given[name], weight, matrix.dequantize())
+        assert report.relative_error == pytest.approx(expected, rel=1e-3), name
