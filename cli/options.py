@@ -65,7 +65,7 @@ quantize_options = stack(
         "--data", metavar="D", multiple=True, help="Text for calibration; several are chained. None: data-free."
     ),
     shown("--rows", 128, "Rows of calibration data.", int),
-    shown("--context", 256, "Tokens of a row.", int),
+    click.option("--context", type=int, default=None, help="Tokens of a row.  [default: 256, or what the model takes]"),
     click.option(
         "--rounding",
         metavar="NAME[:k=v,...]",

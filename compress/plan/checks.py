@@ -41,7 +41,7 @@ def check_models(recipe: Recipe, subject: Subject, subjects: Mapping[str, Subjec
     if recipe.distill is not None:
         teacher = subjects.get(recipe.distill.teacher or "")
         check_distillation(recipe.distill, subject, teacher, recipe.trust_remote_code)
-    if recipe.quantize is not None and recipe.quantize.data is not None:
+    if recipe.quantize is not None and recipe.quantize.data is not None and recipe.quantize.context is not None:
         check_context("quantize.context", recipe.quantize.context, subject)
     if recipe.evaluate is not None:
         compared = {name: subjects[name] for name in recipe.evaluate.compare if name in subjects}

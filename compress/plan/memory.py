@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from compress.data.calibration import BATCH_TOKENS
 from compress.modeling.loading import parameter_count
 from compress.modeling.structure import MatrixView, find_blocks
+from compress.quantization.data import row_length
 from compress.quantization.options import Ldlq
 from compress.recipe.schema import parse_bytes
 
@@ -57,7 +58,7 @@ def calibrated_memory(
     blocks = [FLOAT * parameter_count(block) for _, block in find_blocks(model)]
     outside = FLOAT * parameter_count(model.base_model) - sum(blocks)
     streams = 2 if options.asymmetric else 1
-    tokens = recipe.rows * recipe.context
+    tokens = recipe.rows * row_length(model, recipe.context)
     widths = {view.group: view.shape[1] for view in views if view.block == 0}
     hidden = int(model.config.get_text_config().hidden_size)
     wanted = FLOAT * tokens * streams * (2 * hidden + sum(widths.values()))

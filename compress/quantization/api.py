@@ -49,7 +49,7 @@ def quantize(
     rounding: str | Rounding | None = None,
     transform: Transform = "auto",
     rows: int = 128,
-    context: int = 256,
+    context: int | None = None,
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
     events: Events | None = None,
@@ -60,11 +60,12 @@ def quantize(
     its stored dtype. `codec` is NAME or NAME:key=value,... as on the command line, or a codec made by
     `compress.codecs.codec`; `rounding` likewise.
 
-    With `data` the rounding is calibrated: `rows` rows of `context` tokens drawn from sources of text by `seed`, or
-    rows of token ids int64 [N, T] as they are. `rounding` is "ldlq" then (`compress.quantization.options.Ldlq` has its
-    options), and without data "nearest": each matrix to the nearest that the codec has. `transform="hadamard"` mixes
-    both sides of every matrix before, folded into the model where that can be, so that other parameters change too;
-    "auto" does so for calibrated `half_pyramid`, unless a head would be untied.
+    With `data` the rounding is calibrated: `rows` rows of `context` tokens (256, or what the model takes) drawn from
+    sources of text by `seed`, or rows of token ids int64 [N, T] as they are. `rounding` is "ldlq" then
+    (`compress.quantization.options.Ldlq` has its options), and without data "nearest": each matrix to the nearest that
+    the codec has. `transform="hadamard"` mixes both sides of every matrix before, folded into the model where that can
+    be, so that other parameters change too; "auto" does so for calibrated `half_pyramid`, unless a head would be
+    untied.
     `tokenizer` is that of a model given as a module whose own folder is not known; rows of ids need none.
 
     Of a transformers model the config gets a `quantization_config`, so that `save_pretrained` writes an artifact that

@@ -15,6 +15,9 @@ from compress.errors import DataError, UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+CONTEXT = 256
+"""Tokens of a row where nobody says how many."""
+
 CalibrationData = str | Sequence[str] | Tensor | Sequence[Batch]
 """Sources of text as a recipe names them; rows of token ids int64 [N, T] without filling; or batches of a model's
 inputs, `input_ids` int64 [B, T] and `attention_mask` int64 [B, T]."""
@@ -26,11 +29,12 @@ def calibration_batches(
     tokenizer: Callable[[], PreTrainedTokenizerBase],
     *,
     rows: int,
-    context: int,
+    context: int | None,
     seed: int,
 ) -> list[Batch]:
-    """Batches for `model`. `tokenizer` is called for text alone. Raises `DataError` for data without a row or with ids
-    that are no token, `UsageError` for rows longer than the model takes."""
+    """Batches for `model`, of rows of `row_length`. `tokenizer` is called for text alone. Raises `DataError` for data
+    without a row or with ids that are no token, `UsageError` for rows longer than the model takes.
+    """
     if isinstance(data, Tensor):
         if data.ndim != 2 or data.dtype != torch.int64 or not data.numel():
             raise DataError(
@@ -40,11 +44,11 @@ def calibration_batches(
         batches = causal_batches(data)
     elif isinstance(data, str) or all(isinstance(part, str) for part in data):
         source = text_source([data] if isinstance(data, str) else [str(part) for part in data])
-        _check_context(model, context)
+        length = row_length(model, context)
         if model.can_generate():
-            batches = causal_batches(calibration_rows(source, tokenizer(), rows=rows, context=context, seed=seed))
+            batches = causal_batches(calibration_rows(source, tokenizer(), rows=rows, context=length, seed=seed))
         else:
-            batches = encoder_batches(source, tokenizer(), rows=rows, context=context, seed=seed)
+            batches = encoder_batches(source, tokenizer(), rows=rows, context=length, seed=seed)
     else:
         batches = [dict(batch) for batch in data if isinstance(batch, dict)]
         if len(batches) != len(data) or not batches or not all("input_ids" in batch for batch in batches):
@@ -63,8 +67,23 @@ def calibration_batches(
     return batches
 
 
-def _check_context(model: PreTrainedModel, context: int) -> None:
+def row_length(model: PreTrainedModel, context: int | None) -> int:
+    """Tokens of a row: `context`, or without it `CONTEXT`, or as many as the model takes. Raises `UsageError` for a
+    `context` that is more than that."""
+    longest = _positions(model)
+    if context is None:
+        return CONTEXT if longest is None else min(CONTEXT, longest)
+    _check_context(model, context)
+    return context
+
+
+def _positions(model: PreTrainedModel) -> int | None:
     # a field that some families do not have, under a name that others map to their own
     longest: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return longest
+
+
+def _check_context(model: PreTrainedModel, context: int) -> None:
+    longest = _positions(model)
     if longest is not None and context > longest:
         raise UsageError(f"The model takes {longest} tokens, not {context}.", remedy=f"Use a context of {longest}.")

@@ -15,7 +15,7 @@ from compress.codecs.base import Codec, CodecSpec, QuantizedMatrix
 from compress.modeling.loading import empty_parameters, fill_parameters, hollow, load_config, load_tokenizer
 from compress.modeling.structure import MatrixView, find_blocks, read_view
 from compress.quantization.calibrated import BlockInputs, Calibration, Scheme
-from compress.quantization.data import CalibrationData, calibration_batches
+from compress.quantization.data import CalibrationData, calibration_batches, row_length
 from compress.quantization.matrix import MatrixReport, quantize_matrix
 from compress.quantization.options import Ldlq
 from compress.quantization.target import Target
@@ -101,7 +101,7 @@ class CalibrationOptions:
     data: CalibrationData
     options: Ldlq
     rows: int = 128
-    context: int = 256
+    context: int | None = None
     seed: int = 0
     budget: int = 2 << 30
     device: str = "cpu"
@@ -120,12 +120,13 @@ class CalibratedRounder:
         trust_remote_code: bool,
     ) -> None:
         self._target, self._workspace = target, workspace
-        named = [options.data] if isinstance(options.data, str) else options.data
-        texts = [part for part in named if isinstance(part, str)]
-        size = f"{options.rows} rows of {options.context} tokens of {' + '.join(texts)}, seed {options.seed}"
-        self.text = f"{options.options.text}, {size if texts else 'batches as given'}"
         self._device = torch.device(options.device)
         self._model: PreTrainedModel = hollow(load_config(target.source, trust_remote_code), trust_remote_code)
+        named = [options.data] if isinstance(options.data, str) else options.data
+        texts = [part for part in named if isinstance(part, str)]
+        length = row_length(self._model, options.context)
+        size = f"{options.rows} rows of {length} tokens of {' + '.join(texts)}, seed {options.seed}"
+        self.text = f"{options.options.text}, {size if texts else 'batches as given'}"
         self._blocks = [name for name, _ in find_blocks(self._model)]
         batches = calibration_batches(
             self._model,

@@ -87,7 +87,7 @@ class QuantizeRecipe(Part):
     )
     data: DataList | None = Field(None, description="sources of text for calibration; without, rounding uses none")
     rows: Count = Field(128, description="rows of calibration data; of an encoder's, as many tokens as these rows")
-    context: int = Field(256, ge=2, description="tokens of a row")
+    context: int | None = Field(None, ge=2, description="tokens of a row; without it 256, or what the model takes")
     rounding: Method | None = Field(
         None, description="nearest, or ldlq[:key=value,...], which needs data; by default what the data allow"
     )

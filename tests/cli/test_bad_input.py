@@ -215,7 +215,7 @@ def test_a_real_command_says_one_thing(here: Path, case: str) -> None:
         (CALIBRATED + " --transform fourier", 2, "hadamard"),
         (CALIBRATED + " --rows 0", 2, "rows"),
         ("quantize student --bits 3 --rounding ldlq --out q", 2, "ldlq needs `data`"),
-        ("quantize student --bits 3 --data text:no.txt --context 32 --out q", 1, "no file 'no.txt'"),
+        ("quantize student --bits 3 --data text:no.txt --out q", 1, "no file 'no.txt'"),
         (distill() + " --device gpu", 2, "device 'gpu'"),
         (distill(loss="kll"), 2, "Did you mean 'kl'?"),
         (distill(loss="kl:temp=2"), 2, "temperature"),

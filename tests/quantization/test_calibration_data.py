@@ -13,7 +13,7 @@ from compress.data import text_source
 from compress.data.calibration import calibration_rows, encoder_batches
 from compress.data.tokenizer import train_byte_bpe
 from compress.errors import DataError, UsageError
-from compress.quantization.data import calibration_batches
+from compress.quantization.data import calibration_batches, row_length
 from tests import families
 from tests.tiny_models import write_text
 
@@ -42,6 +42,15 @@ def test_batches_as_they_are() -> None:
     found = calibration_batches(families.bert(), given, no_tokenizer, **SIZES)
     assert [batch.keys() for batch in found] == [batch.keys() for batch in given]
     assert all(torch.equal(one[name], other[name]) for one, other in zip(found, given, strict=True) for name in one)
+
+
+def test_rows_as_long_as_the_model_takes() -> None:
+    """Unless somebody says how long: 256 tokens, or all positions of a model that has fewer."""
+    short, long = families.llama(), families.llama(max_position_embeddings=512)
+    assert [row_length(model, None) for model in (short, long)] == [64, 256]
+    assert row_length(long, 300) == 300
+    with pytest.raises(UsageError, match="64 tokens, not 65"):
+        row_length(short, 65)
 
 
 def test_text_for_each_kind_of_model(text: Path) -> None:
