@@ -48,6 +48,11 @@ class CodecSpec:
     def __hash__(self) -> int:
         return hash((self.codec, self.width, self.dim, tuple(sorted(self.options.items())), self.mixing))
 
+    @property
+    def plain(self) -> Self:
+        """The same of a matrix that is not mixed: what the codec rounds with."""
+        return replace(self, mixing="none")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; `from_dict` takes it back. A matrix that is not mixed has no field `mixing`."""
         data = {"codec": self.codec, "width": self.width, "dim": self.dim, "options": dict(self.options)}
@@ -157,7 +162,7 @@ class QuantizedMatrix:
             return self
         signs = {part.name for part in sign_layout(self.spec, self.shape)}
         tensors = {name: tensor for name, tensor in self.tensors.items() if name not in signs}
-        return QuantizedMatrix(replace(self.spec, mixing="none"), self.shape, tensors)
+        return QuantizedMatrix(self.spec.plain, self.shape, tensors)
 
     def mixed(self, signs: Signs) -> QuantizedMatrix:
         """The matrix W whose W' = Qo^T W Qi this one is; the inverse of `plain`."""

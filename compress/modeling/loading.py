@@ -161,6 +161,13 @@ def empty_parameters(model: torch.nn.Module, names: Iterable[str]) -> None:
     fill_parameters(model, names, lambda name: torch.empty_like(model.get_parameter(name), device="meta"))
 
 
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """Tokens that fit into a model's table of positions; None for a model that has no such bound."""
+    # a field that some families do not have, under a name that others map to their own
+    longest: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return longest
+
+
 def parameter_count(model: torch.nn.Module) -> int:
     """Parameters of a model, tied ones counted once."""
     return sum(parameter.numel() for parameter in model.parameters())

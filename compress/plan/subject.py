@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.modeling.io import Checkpoint
-from compress.modeling.loading import config_from_file, load_config, parameter_count, skeleton
+from compress.modeling.loading import config_from_file, load_config, parameter_count, positions_of, skeleton
 from compress.modeling.resolve import resolve_model
 
 if TYPE_CHECKING:
@@ -41,9 +41,7 @@ class Subject:
     @property
     def positions(self) -> int | None:
         """Tokens that fit into its table of positions; None for a model that has no such bound."""
-        # a field that some families do not have, under a name that others map to their own
-        longest: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return longest
+        return positions_of(self.model.config)
 
     @property
     def bytes(self) -> int:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from compress.codecs import registry
-from compress.codecs.base import Codec, QuantizedMatrix
+from compress.codecs.base import Codec, CodecSpec, QuantizedMatrix
 from compress.errors import ModelError, UsageError
 from compress.events import Events, seconds_left
 from compress.formats.config import QuantizationConfig
@@ -32,7 +31,7 @@ from compress.quantization.target import Transform, chosen_transform, transforme
 from compress.recipe.method import parse_method
 from compress.transforms.fold import Fold, fold_model
 from compress.transforms.incoherence import view_signs
-from compress.transforms.matrices import mix_weight
+from compress.transforms.signs import Signs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,40 +77,31 @@ def quantize(
     events = events or Events()
     if not isinstance(model, nn.Module):
         model = load_model(model, dtype=None)
-    if isinstance(model, PreTrainedModel):
-        require_unquantized(model.config, model.config.name_or_path or type(model).__name__)
-    if packed_modules(model):
-        raise ModelError("The model is already quantized.", remedy="Quantize the original model instead.")
+    _require_unquantized(model)
     views = matrices(model)
     require_linear(views)
     rounder = _codec(codec) if isinstance(codec, str) else codec
     method = _method(rounding, data)
-    fold, mixing = Fold(Sites()), {view.name: "none" for view in views}
     transform = chosen_transform(transform, rounder, data is not None)
+    fold, mixing = Fold(Sites()), {view.name: "none" for view in views}
     if transform != "none":
-        if not isinstance(model, PreTrainedModel):
-            raise UsageError("Only transformers models can be transformed.", remedy='Use transform="none".')
-        fold, mixing = transformed(model, views, transform, seed, model.get_parameter)
+        fold, mixing = transformed(_of_transformers(model, "transformed"), views, transform, seed, model.get_parameter)
     specs = uniform(views, rounder, bits, mixing)
     ignore = untouched(model, views)
     signs = {view.name: view_signs(view, mixing[view.name], seed) for view in views}
-    if isinstance(method, Ldlq):
-        if not isinstance(model, PreTrainedModel):
-            raise UsageError("Only transformers models can be calibrated.", remedy="Leave out the data.")
-        assert data is not None
-        name = str(model.config.name_or_path)
+    if isinstance(method, Ldlq) and data is not None:
+        ours = _of_transformers(model, "calibrated")
+        name = str(ours.config.name_or_path)
         batches = calibration_batches(
-            model, data, lambda: tokenizer or load_tokenizer(name), rows=rows, context=context, seed=seed
+            ours, data, lambda: tokenizer or load_tokenizer(name), rows=rows, context=context, seed=seed
         )
-    if isinstance(model, PreTrainedModel):
-        fold_model(model, fold)
-    plain = {name: dataclasses.replace(spec, mixing="none") for name, spec in specs.items()}
-    if isinstance(method, Ldlq):
-        assert isinstance(model, PreTrainedModel)
-        scheme = Scheme(rounder, plain, {name: one.to(model.device) for name, one in signs.items()}, method)
-        blocks = _calibrated(model, by_block(views), Calibration.in_memory(model, batches, scheme))
+        scheme = Scheme(rounder, specs, {name: one.to(ours.device) for name, one in signs.items()}, method)
+        fold_model(ours, fold)
+        blocks = _calibrated(ours, by_block(views), Calibration.in_memory(ours, batches, scheme))
     else:
-        blocks = _nearest(model, by_block(views), Scheme(rounder, plain, signs, Ldlq()))
+        if isinstance(model, PreTrainedModel):
+            fold_model(model, fold)
+        blocks = _nearest(model, by_block(views), rounder, specs, signs)
     stored_bits = _replace(model, blocks, len(by_block(views)), events)
     if isinstance(model, PreTrainedModel):
         config = QuantizationConfig.from_specs(
@@ -119,6 +109,20 @@ def quantize(
         )
         model.config.quantization_config = config.to_dict()
     return model
+
+
+def _require_unquantized(model: nn.Module) -> None:
+    if isinstance(model, PreTrainedModel):
+        require_unquantized(model.config, model.config.name_or_path or type(model).__name__)
+    if packed_modules(model):
+        raise ModelError("The model is already quantized.", remedy="Quantize the original model instead.")
+
+
+def _of_transformers(model: nn.Module, done: str) -> PreTrainedModel:
+    if isinstance(model, PreTrainedModel):
+        return model
+    remedies = {"transformed": 'Use transform="none".', "calibrated": "Leave out the data."}
+    raise UsageError(f"Only transformers models can be {done}.", remedy=remedies[done])
 
 
 def _codec(text: str) -> Codec:
@@ -140,15 +144,19 @@ def _method(rounding: str | Rounding | None, data: CalibrationData | None) -> Ro
     return method
 
 
-def _nearest(model: nn.Module, blocks: Sequence[list[MatrixView]], scheme: Scheme) -> Iterator[Iterator[Rounded]]:
+def _nearest(
+    model: nn.Module,
+    blocks: Sequence[list[MatrixView]],
+    codec: Codec,
+    specs: Mapping[str, CodecSpec],
+    signs: Mapping[str, Signs],
+) -> Iterator[Iterator[Rounded]]:
     """The rounded matrices of each block."""
 
     def rounded(views: Sequence[MatrixView]) -> Iterator[Rounded]:
         for view in views:
-            signs = scheme.signs[view.name]
-            weight = mix_weight(read_view(model.get_parameter(view.parameter), view).detach(), signs, torch.float32)
-            matrix, report = quantize_matrix(view.name, weight, scheme.codec, scheme.specs[view.name])
-            yield view, matrix.mixed(signs), report
+            weight = read_view(model.get_parameter(view.parameter), view).detach()
+            yield view, *quantize_matrix(view.name, weight, codec, specs[view.name], signs[view.name])
 
     for views in blocks:
         yield rounded(views)

@@ -42,7 +42,8 @@ IN_MEMORY = 4 << 30
 
 @dataclass(frozen=True)
 class Scheme:
-    """How the matrices of a model are rounded: the codec, each matrix's spec and signs by its name, the options."""
+    """How the matrices of a model are rounded: the codec, each matrix's spec, as it is stored, and signs by its name,
+    the options."""
 
     codec: Codec
     specs: Mapping[str, CodecSpec]
@@ -217,12 +218,15 @@ def _round_group(
 ) -> Iterator[tuple[MatrixView, QuantizedMatrix, MatrixReport]]:
     """Round matrices that share an input."""
 
-    def weight_of(view: MatrixView) -> Tensor:
+    def original_of(view: MatrixView) -> Tensor:
         weight: Tensor = block.get_submodule(view.module.removeprefix(prefix)).weight  # type: ignore[assignment]
-        return mix_weight(weight.detach(), scheme.signs[view.name], torch.float32)
+        return weight.detach()
+
+    def weight_of(view: MatrixView) -> Tensor:
+        return mix_weight(original_of(view), scheme.signs[view.name], torch.float32)
 
     if moments is None:
-        yield from _fall_back(views, weight_of, scheme, "never called")
+        yield from _fall_back(views, original_of, scheme, "never called")
         return
     facts = {"tokens": moments.tokens, "dead_channels": moments.dead, "broken_channels": moments.broken}
     signs = scheme.signs[views[0].name].input
@@ -230,7 +234,7 @@ def _round_group(
         mix_moment(moments.hessian, signs)
         if moments.shift is not None:
             mix_moment(moments.shift, signs)
-    probe = scheme.codec.rounding(views[0].shape, scheme.specs[views[0].name], moments.hessian.device)
+    probe = scheme.codec.rounding(views[0].shape, scheme.specs[views[0].name].plain, moments.hessian.device)
     order = Order.of(moments.hessian.diagonal(), probe.dim, probe.scope, scheme.options.order)
     columns = order.columns
     diagonal = moments.hessian.diagonal()[columns].clone()
@@ -243,23 +247,24 @@ def _round_group(
     except NumericsError:
         if scheme.options.fallback == "error":
             raise
-        yield from _fall_back(views, weight_of, scheme, "indefinite Hessian")
+        yield from _fall_back(views, original_of, scheme, "indefinite Hessian")
         return
     del hessian
     for view, shift in zip(views, moved, strict=True):
         weight = weight_of(view)
-        matrix, error = _round_one(view, weight[:, columns], shift, factor, diagonal, order, scheme)
+        plain, error = _round_one(view, weight[:, columns], shift, factor, diagonal, order, scheme)
+        matrix = plain.mixed(scheme.signs[view.name])
         report = MatrixReport(
             view.name,
             view.shape,
             matrix.spec.codec,
-            matrix.mixed(scheme.signs[view.name]).bits_per_weight,
+            matrix.bits_per_weight,
             error,
             sqnr(error),
             "calibrated",
             {**facts, "damping": factor.damping / float(diagonal.mean() or 1.0)},
         )
-        yield view, matrix.mixed(scheme.signs[view.name]), report
+        yield view, matrix, report
 
 
 def _moved(weight: Tensor, moments: Moments, columns: Tensor) -> Tensor | None:
@@ -287,7 +292,7 @@ def _round_one(
     found: list[tuple[float, QuantizedMatrix, Tensor]] = []
     for rule in rules:
         rounding = scheme.codec.rounding(
-            view.shape, scheme.specs[view.name], weight.device, gain=rule, search=options.search
+            view.shape, scheme.specs[view.name].plain, weight.device, gain=rule, search=options.search
         )
         round_matrix(target, factor, order, rounding, sweeps=options.sweeps, refit=options.refit)
         value = rounding.decoded()[:, order.columns]
@@ -299,7 +304,7 @@ def _round_one(
 
 
 def _fall_back(
-    views: Sequence[MatrixView], weight_of: Callable[[MatrixView], Tensor], scheme: Scheme, why: str
+    views: Sequence[MatrixView], original_of: Callable[[MatrixView], Tensor], scheme: Scheme, why: str
 ) -> Iterator[tuple[MatrixView, QuantizedMatrix, MatrixReport]]:
     """Rounding to the nearest where calibration says nothing, if the options allow it."""
     if scheme.options.fallback == "error":
@@ -308,7 +313,6 @@ def _fall_back(
             remedy="Give other data, or allow rounding to the nearest with --rounding ldlq:fallback=nearest.",
         )
     for view in views:
-        plain, report = quantize_matrix(view.name, weight_of(view), scheme.codec, scheme.specs[view.name])
-        matrix = plain.mixed(scheme.signs[view.name])
-        status = f"nearest ({why})"
-        yield view, matrix, dataclasses.replace(report, bits_per_weight=matrix.bits_per_weight, status=status)
+        signs, spec = scheme.signs[view.name], scheme.specs[view.name]
+        matrix, report = quantize_matrix(view.name, original_of(view), scheme.codec, spec, signs)
+        yield view, matrix, dataclasses.replace(report, status=f"nearest ({why})")

@@ -11,6 +11,7 @@ from torch import Tensor
 from compress.data import text_source
 from compress.data.calibration import Batch, calibration_rows, causal_batches, encoder_batches
 from compress.errors import DataError, UsageError
+from compress.modeling.loading import positions_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -70,20 +71,14 @@ def calibration_batches(
 def row_length(model: PreTrainedModel, context: int | None) -> int:
     """Tokens of a row: `context`, or without it `CONTEXT`, or as many as the model takes. Raises `UsageError` for a
     `context` that is more than that."""
-    longest = _positions(model)
+    longest = positions_of(model.config)
     if context is None:
         return CONTEXT if longest is None else min(CONTEXT, longest)
     _check_context(model, context)
     return context
 
 
-def _positions(model: PreTrainedModel) -> int | None:
-    # a field that some families do not have, under a name that others map to their own
-    longest: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return longest
-
-
 def _check_context(model: PreTrainedModel, context: int) -> None:
-    longest = _positions(model)
+    longest = positions_of(model.config)
     if longest is not None and context > longest:
         raise UsageError(f"The model takes {longest} tokens, not {context}.", remedy=f"Use a context of {longest}.")

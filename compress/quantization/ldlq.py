@@ -92,10 +92,13 @@ def round_matrix(
     error for the codes that there are.
     """
     _first_pass(weight, factor.lower, order, rounding)
+    if sweeps:
+        diagonal = _diagonal_blocks(factor.hessian, order.dim)
+        metrics, inverses = _unit(diagonal), torch.linalg.inv(diagonal)
     for _ in range(sweeps):
         if refit:
             refit_scales(weight, factor.hessian, order.places, order.scope, rounding)
-        _sweep(weight, factor.hessian, order, rounding)
+        _sweep(weight, factor.hessian, metrics, inverses, order, rounding)
     if refit:
         refit_scales(weight, factor.hessian, order.places, order.scope, rounding)
 
@@ -124,11 +127,12 @@ def _choose_scales(weight: Tensor, lower: Tensor, carried: Tensor, columns: Tens
     rounding.scale(int(columns.min()), values[:, torch.argsort(columns)])
 
 
-def _sweep(weight: Tensor, hessian: Tensor, order: Order, rounding: Rounding) -> None:
+def _sweep(
+    weight: Tensor, hessian: Tensor, metrics: Tensor, inverses: Tensor, order: Order, rounding: Rounding
+) -> None:
+    """Round every block again; `metrics` and `inverses` [b, D, D] are those of the blocks on H's diagonal."""
     value = rounding.decoded()[:, order.columns]
     gradient = (weight - value) @ hessian
-    diagonal = _diagonal_blocks(hessian, order.dim)
-    metrics, inverses = _unit(diagonal), torch.linalg.inv(diagonal)
     for first, last in order.spans():
         span, blocks = slice(first, last), slice(first // order.dim, -(-last // order.dim))
         before = value[:, span]
@@ -148,10 +152,12 @@ def _diagonal_blocks(matrix: Tensor, dim: int) -> Tensor:
     """The blocks of `dim` places on the diagonal of [n, n], [ceil(n / dim), dim, dim]; the last one is filled up with
     the identity."""
     places = matrix.shape[0]
-    blocks = torch.eye(dim, device=matrix.device).repeat(-(-places // dim), 1, 1)
-    for index, start in enumerate(range(0, places, dim)):
-        block = matrix[start : start + dim, start : start + dim]
-        blocks[index, : block.shape[0], : block.shape[0]] = block
+    whole, rest = divmod(places, dim)
+    blocks = torch.eye(dim, device=matrix.device).repeat(whole + bool(rest), 1, 1)
+    inside = matrix[: whole * dim, : whole * dim].unflatten(0, (whole, dim)).unflatten(2, (whole, dim))
+    blocks[:whole] = inside.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    if rest:
+        blocks[whole, :rest, :rest] = matrix[whole * dim :, whole * dim :]
     return blocks
 
 

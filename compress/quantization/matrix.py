@@ -17,6 +17,8 @@ from torch import Tensor
 
 from compress.codecs.base import Codec, CodecSpec, QuantizedMatrix
 from compress.errors import NumericsError
+from compress.transforms.matrices import mix_weight
+from compress.transforms.signs import Signs
 
 LARGE_ERROR = 0.25
 """Relative error of a matrix that somebody should look at; at 2 bits a weight .15 is much."""
@@ -92,13 +94,17 @@ def _chunks(tensor: Tensor) -> Sequence[Tensor]:
     return tensor.flatten().split(CHUNK_WEIGHTS)
 
 
-def quantize_matrix(name: str, weight: Tensor, codec: Codec, spec: CodecSpec) -> tuple[QuantizedMatrix, MatrixReport]:
-    """Round `weight` [out, in] with `codec` and measure the result.
+def quantize_matrix(
+    name: str, weight: Tensor, codec: Codec, spec: CodecSpec, signs: Signs | None = None
+) -> tuple[QuantizedMatrix, MatrixReport]:
+    """Round `weight` [out, in] to the nearest with `codec`, mixed by `signs` if there are any, and measure the result.
 
     Raises `NumericsError` for NaN or infinity, `CodecError` for a matrix that the codec cannot carry.
     """
     require_finite(name, weight)
-    quantized = codec.quantize(weight.float(), spec)
-    error = relative_error(weight, quantized.dequantize())
-    bits = quantized.bits_per_weight
-    return quantized, MatrixReport(name, quantized.shape, spec.codec, bits, error, sqnr(error), "quantized")
+    signs = signs or Signs()
+    weight = mix_weight(weight, signs, torch.float32)
+    plain = codec.quantize(weight, spec.plain)
+    error = relative_error(weight, plain.dequantize())
+    matrix = plain.mixed(signs)
+    return matrix, MatrixReport(name, matrix.shape, spec.codec, matrix.bits_per_weight, error, sqnr(error), "quantized")

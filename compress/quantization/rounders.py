@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,6 @@ from compress.quantization.data import CalibrationData, calibration_batches, row
 from compress.quantization.matrix import MatrixReport, quantize_matrix
 from compress.quantization.options import Ldlq
 from compress.quantization.target import Target
-from compress.transforms.matrices import mix_weight
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,6 +58,10 @@ class Rounder(Protocol):
         ...
 
 
+def _first_undone(done: Sequence[bool]) -> int:
+    return next((index for index, finished in enumerate(done) if not finished), len(done))
+
+
 class NearestRounder:
     """Each matrix by itself to the nearest."""
 
@@ -67,21 +69,17 @@ class NearestRounder:
 
     def __init__(self, target: Target, codec: Codec, specs: Mapping[str, CodecSpec]) -> None:
         self._target, self._codec, self._specs = target, codec, specs
-        self._done: Sequence[bool] = ()
 
     def first(self, done: Sequence[bool]) -> int:
-        return next((index for index, finished in enumerate(done) if not finished), len(done))
+        return _first_undone(done)
 
     def round_block(
         self, index: int, views: Sequence[MatrixView]
     ) -> Iterator[tuple[MatrixView, QuantizedMatrix, MatrixReport]]:
         for view in views:
-            signs = self._target.signs(view)
             weight = read_view(self._target.read(view.parameter, torch.float32), view)
-            spec = dataclasses.replace(self._specs[view.name], mixing="none")
-            plain, report = quantize_matrix(view.name, mix_weight(weight, signs), self._codec, spec)
-            matrix = plain.mixed(signs)
-            yield view, matrix, dataclasses.replace(report, bits_per_weight=matrix.bits_per_weight)
+            signs = self._target.signs(view)
+            yield view, *quantize_matrix(view.name, weight, self._codec, self._specs[view.name], signs)
 
     def carry_on(self, index: int) -> Committed:
         return {}
@@ -136,9 +134,8 @@ class CalibratedRounder:
             context=options.context,
             seed=options.seed,
         )
-        plain = {name: dataclasses.replace(spec, mixing="none") for name, spec in specs.items()}
         signs = {view.name: target.signs(view).to(self._device) for view in target.views}
-        scheme = Scheme(codec, plain, signs, options.options)
+        scheme = Scheme(codec, specs, signs, options.options)
         self._calibration = Calibration(self._model, batches, scheme, self._device, options.budget, self._file)
         self._inputs: BlockInputs | None = None
         self._block: nn.Module | None = None
@@ -146,7 +143,7 @@ class CalibratedRounder:
 
     def first(self, done: Sequence[bool]) -> int:
         """The block whose inputs are on disk, if all before it are done; without these, the first of all."""
-        finished = next((place for place, whole in enumerate(done) if not whole), len(done))
+        finished = _first_undone(done)
         if finished == len(done):
             return finished
         self._record()
