@@ -17,6 +17,11 @@ zero points as wide as the codes where the grid is asymmetric (16 bits in HQQ). 
 counted with 16 bits where one kept them in float32; codes of 3 bits are counted with 3, though some pack ten of them
 into 32 bits; GPTQModel's column indices are not counted. Beside peers at 3 and 4 bits, ours has 3.25 and 4 bits.
 
+`--peers rotations`: llm-compressor's rotations in front of its GPTQ, at 4 bits (`peers/scripts/run_rotations.py`),
+also with one scale to an output channel. They change other tensors too, so a whole model comes back. Online rotations
+and the untied head cost them no bits here. `--ours` has learned transforms for comparison: ost, integer-ost,
+channel-ost; and what these are to be compared with, channel and channel-hadamard.
+
 Defaults of the peers, as written into the column `settings`: GPTQModel and llm-compressor run with their own damping
 and column order; the symmetric grid is the default of both and of AutoRound, the asymmetric one mostly the better.
 Seconds are those of quantization alone, without loading and saving (`seconds_of_all` has these and the imports);
@@ -34,7 +39,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from peers.contestants import OURS, PEERS, RATES, Arena, Contestant, ours, theirs
+from peers.contestants import LEARNED, OURS, PEERS, RATES, Arena, Contestant, ours, theirs
 from peers.environments import Environments
 from peers.judge import Judge, put
 from peers.plot import draw, require_matplotlib
@@ -95,7 +100,7 @@ class Tournament:
                 yield self._row(who, kl, reference, answer)
         if reference is None:
             raise CompressError("None of --ours could run.", remedy="See the messages above.")
-        for who in theirs(self.options.peers, bits, self.options.iterations):
+        for who in theirs(self.options.peers, bits, self.options.iterations, self.chosen.group):
             if (judged := self._judged(who)) is not None:
                 yield self._row(who, judged[0], reference, judged[1])
 
@@ -119,7 +124,7 @@ class Tournament:
             "model": self.chosen.name,
             "peers_bits": who.bits,
             "method": who.name,
-            "group": self.chosen.group,
+            "group": self.chosen.group if who.group is None else who.group,
             "rows": self.options.rows,
             "windows": self.options.windows,
             "context": self.options.context,
@@ -150,7 +155,9 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="at most ten minutes with environments that exist")
     parser.add_argument("--models", type=some_of(MODELS, str), help="all for which there are data")
     parser.add_argument("--peers", type=some_of(PEERS, str), default=list(PEERS))
-    parser.add_argument("--ours", type=some_of(OURS, str), default=list(OURS), help="the first is compared with")
+    parser.add_argument(
+        "--ours", type=some_of(OURS + LEARNED, str), default=list(OURS), help="the first is compared with"
+    )
     parser.add_argument("--bits", type=some_of(RATES, int), default=list(RATES), help="of the peers")
     parser.add_argument("--rows", type=int, default=128, help="of calibration")
     parser.add_argument("--context", type=int, default=256, help="tokens of a row and of a window")

@@ -26,6 +26,10 @@ verbose_option = click.option("-v", "--verbose", is_flag=True, help="A traceback
 @click.option("--data", metavar="D", multiple=True, required=True, help="Text; several are chained.")
 @shown("--context", 256, "Tokens per window.", int)
 @click.option("--limit", type=int, default=None, help="Tokens at most.")
+@click.option("--activations", type=int, default=None, help="Bits of the matrices' inputs, 2 to 8.  [default: all]")
+@click.option("--kv", type=int, default=None, help="Bits of keys and values, 2 to 8.  [default: all]")
+@click.option("--kv-group", type=int, default=None, help="Channels with a common scale.  [default: a head]")
+@click.option("--plain-keys", is_flag=True, help="Do not mix the channels of keys before they are rounded.")
 @device_option
 @trust_option
 @json_option
@@ -36,26 +40,37 @@ def evaluate(
     data: tuple[str, ...],
     context: int | None,
     limit: int | None,
+    activations: int | None,
+    kv: int | None,
+    kv_group: int | None,
+    plain_keys: bool,
     device: str | None,
     trust_remote_code: bool | None,
     as_json: bool,
     verbose: bool,
 ) -> None:
-    """Measure model M on text: perplexity, bits per byte, and how far it is from a reference."""
-    from compress.evaluation.evaluate import evaluate as measure
+    """Measure model M on text: perplexity, bits per byte, and how far it is from a reference. M, and never the
+    reference, may have activations, keys and values rounded to few bits while it runs."""
     from compress.recipe import EvaluateRecipe
+    from compress.reporting.evaluate import evaluate as measure
 
     from .quiet import hush_transformers
     from .tables import models_text
 
     hush_transformers()
-    asked = checked(EvaluateRecipe, {"data": data, "reference": reference, "limit": limit, "context": context})
+    options = {"data": data, "reference": reference, "limit": limit, "context": context}
+    options |= {"activations": activations, "kv": kv, "kv_group": kv_group, "mix_keys": False if plain_keys else None}
+    asked = checked(EvaluateRecipe, options)
     figures = measure(
         model,
         data=asked.data,
         reference=asked.reference,
         context=asked.context,
         limit=asked.limit,
+        activations=asked.activations,
+        kv=asked.kv,
+        kv_group=asked.kv_group,
+        mix_keys=asked.mix_keys,
         device=device or "cpu",
         trust_remote_code=bool(trust_remote_code),
     )

@@ -75,8 +75,9 @@ quantize_options = stack(
     shown(
         "--transform",
         "auto",
-        "What mixes the matrices before rounding; auto: hadamard for calibrated half_pyramid, if no head is untied.",
-        click.Choice(["auto", "none", "hadamard"]),
+        "What is done before rounding: none, hadamard, ost (learned), or auto: hadamard for calibrated half_pyramid "
+        "if no head is untied.",
+        metavar="NAME[:k=v,...]",
     ),
     shown("--memory", "2GB", "Hidden states kept in memory; the rest on disk.", metavar="SIZE"),
     seed_option,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from compress import hook
 
 if TYPE_CHECKING:
-    from compress.evaluation.evaluate import evaluate
+    from compress.reporting.evaluate import evaluate
     from compress.exporters import export
     from compress.modeling.loading import load_model as load
     from compress.pipeline import run
@@ -27,7 +27,7 @@ __all__ = ["Recipe", "distill", "evaluate", "export", "load", "quantize", "run"]
 _VERBS = {
     "Recipe": ("compress.recipe", "Recipe"),
     "distill": ("compress.verbs", "distill"),
-    "evaluate": ("compress.evaluation.evaluate", "evaluate"),
+    "evaluate": ("compress.reporting.evaluate", "evaluate"),
     "export": ("compress.exporters", "export"),
     "load": ("compress.modeling.loading", "load_model"),
     "quantize": ("compress.quantization.api", "quantize"),

@@ -191,9 +191,10 @@ def _distill(task: Task) -> dict[str, Any]:
 
 def _quantize(task: Task) -> dict[str, Any]:
     from compress.codecs import codec
-    from compress.quantization.options import Ldlq, rounding_of
+    from compress.quantization.options import rounding_of
     from compress.quantization.rounders import CalibrationOptions
     from compress.quantization.run import quantize_checkpoint
+    from compress.quantization.transforms import parse_transform
     from compress.recipe.schema import parse_bytes
 
     asked, planned = task.recipe.quantize, task.plan.quantization
@@ -204,7 +205,6 @@ def _quantize(task: Task) -> dict[str, Any]:
     calibration = None
     if asked.calibration is not None and asked.data is not None:
         options = rounding_of(asked.calibration.name, asked.calibration.options)
-        assert isinstance(options, Ldlq)
         calibration = CalibrationOptions(
             asked.data,
             options,
@@ -222,7 +222,7 @@ def _quantize(task: Task) -> dict[str, Any]:
         task.workspace,
         task.workspace.events,
         calibration=calibration,
-        transform=planned.transform,
+        transform=parse_transform(planned.transform),
         seed=task.recipe.seed,
         bits_target=asked.bits,
         max_shard_bytes=asked.max_shard_bytes,

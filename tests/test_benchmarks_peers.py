@@ -37,7 +37,7 @@ def part(monkeypatch: pytest.MonkeyPatch) -> Iterator[Import]:
     monkeypatch.syspath_prepend(FOLDER)
     yield importlib.import_module
     for name in set(sys.modules) - before:
-        if name in ("task", "run_compress") or name.split(".")[0] in ("peers", "quantize_peers"):
+        if name in ("task", "width", "run_compress") or name.split(".")[0] in ("peers", "quantize_peers"):
             del sys.modules[name]
 
 
@@ -201,10 +201,15 @@ def test_the_table_is_read_back_as_it_was_written(part: Import, tmp_path: Path) 
 def test_every_contestant_has_its_script_and_its_own_name(part: Import) -> None:
     contestants = part("peers.contestants")
     for bits in (3, 4):
-        found = [*contestants.ours(contestants.OURS, bits, 64), *contestants.theirs(contestants.PEERS, bits, 200)]
+        found = [
+            *contestants.ours(contestants.OURS + contestants.LEARNED, bits, 64),
+            *contestants.theirs(contestants.PEERS, bits, 200, 64),
+        ]
         assert all(who.path().is_file() for who in found)
         assert len({who.name for who in found}) == len(found)
-        assert {who.script for who in found} >= set(contestants.PEERS) - ({"bitsandbytes"} if bits == 3 else set())
+        assert {who.script for who in found} >= set(contestants.PEERS) - (
+            {"bitsandbytes", "rotations"} if bits == 3 else set()
+        )
 
 
 def test_the_plot_has_a_panel_for_each_model(part: Import, tmp_path: Path) -> None:

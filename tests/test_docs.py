@@ -42,7 +42,7 @@ def test_python_of_the_distillation_page(tmp_path: Path, monkeypatch: pytest.Mon
     assert scope["per_position"].shape == (28,)
 
 
-@pytest.mark.parametrize("page", ["rounding.md", "transforms.md"])
+@pytest.mark.parametrize("page", ["dynamic.md", "learned_transforms.md", "rounding.md", "transforms.md"])
 def test_python_of_the_pages_on_quantization(page: str) -> None:
     for block in blocks(f"docs/{page}"):
         exec(block, {})

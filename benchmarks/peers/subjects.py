@@ -20,7 +20,9 @@ from compress.errors import DataError, UsageError
 from compress.modeling.loading import load_tokenizer
 
 STORIES = Path("text") / "tinystories_1000.json"
-MODELS = ("teacher", "babyllama")
+GROUPS = {"teacher": 64, "babyllama": 32}
+"""Weights to a scale in the peers' formats, by model."""
+MODELS = tuple(GROUPS)
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def subject(name: str, data: Path | None) -> Subject:
     """
     if name == "teacher":
         train, validation = (text_source(f"builtin:python/{split}") for split in ("train", "val"))
-        return Subject(name, "builtin:teacher", train, validation, group=64)
+        return Subject(name, "builtin:teacher", train, validation, GROUPS[name])
     if data is None:
         raise UsageError(
             f"The model '{name}' is none of this repository.", remedy="Give --data DIR, or --models teacher."
@@ -64,7 +66,7 @@ def subject(name: str, data: Path | None) -> Subject:
     for path in (model, stories):
         if not path.exists():
             raise DataError(f"There is no '{path}'.", remedy="Check --data, or give --models teacher.")
-    return Subject(name, str(model), Stories(stories, 0, 0.5), Stories(stories, 0.5, 1), group=32)
+    return Subject(name, str(model), Stories(stories, 0, 0.5), Stories(stories, 0.5, 1), GROUPS[name])
 
 
 def calibration(chosen: Subject, rows: int, context: int, seed: int) -> Tensor:

@@ -37,7 +37,7 @@ FIELDS = (
     "torch",
 )
 SHOWN = ("bits_per_weight", "kl", "kl_stderr", "ratio_of_ours", "deviations_of_ours", "seconds", "processor_seconds")
-WIDE = 26
+WIDE = 50
 Row = dict[str, Any]
 
 

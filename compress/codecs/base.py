@@ -340,6 +340,11 @@ class Codec(Protocol):
             remedy="Leave out the data, or take half_pyramid, pyramid or integer.",
         )
 
+    def spread(self, weight: Tensor) -> Tensor:
+        """What the errors of rounding W [o, n] are in proportion to, as a function that autograd follows and that
+        broadcasts to [o, n]: the root mean square of each row, by which scales are chosen."""
+        return weight.square().mean(1, keepdim=True).sqrt()
+
     def integers(self, matrix: QuantizedMatrix) -> tuple[Tensor, Tensor]:
         """See `QuantizedMatrix.integers`."""
         ...

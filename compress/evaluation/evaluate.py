@@ -1,7 +1,9 @@
-"""The verb `evaluate`: a model, a text, and optionally the model that it should equal."""
+"""Measuring a model: on a text, and optionally against the model that it should equal."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from compress.data import fingerprint, text_source, tokenize
@@ -25,12 +27,13 @@ def evaluate(
     device: str = "cpu",
     tokenizer: PreTrainedTokenizerBase | None = None,
     trust_remote_code: bool = False,
+    running: Callable[[PreTrainedModel], AbstractContextManager[object]] = nullcontext,
 ) -> dict[str, Any]:
     """Measure `model` on `data`: perplexity and bits per byte for a causal model (and its KL divergence from
     `reference`), the embeddings' cosine with `reference` for an encoder. `evaluation/causal.py` and
     `evaluation/encoder.py` define each figure. A model named by a string is loaded in float32, one given as an object
     runs as it is. The tokenizer is that of the model, or of the reference when the model is an object. `limit` is in
-    tokens.
+    tokens. The model is measured within the context `running(model)`, which may change how it computes.
 
     Raises `UsageError` for a device that is not there and when an encoder comes without a reference, `ModelError` when
     two vocabularies differ, `DataError` for data that does not fill one window, `NumericsError` for a loss of NaN.
@@ -56,11 +59,13 @@ def evaluate(
         if other is not None:
             check_vocabularies("model", subject, "reference", other)
         ids, sizes = tokenize(source, tokenizer, limit).rows(context, limit)
-        figures = evaluate_causal(subject, ids, sizes, other)
+        with running(subject):
+            figures = evaluate_causal(subject, ids, sizes, other)
     else:
         if other is None:
             raise UsageError("An encoder is measured against another.", remedy="Name one with --reference.")
-        figures = evaluate_encoder(subject, other, tokenizer, source, context=context, limit=limit)
+        with running(subject):
+            figures = evaluate_encoder(subject, other, tokenizer, source, context=context, limit=limit)
     return {**figures, "context": context, "data": fingerprint(source).to_dict()}
 
 

@@ -74,7 +74,7 @@ class Sites:
     reasons: tuple[str, ...] = ()
 
 
-class _NoSite(Exception):
+class NoSite(Exception):
     """The model does not fit; the text says why."""
 
 
@@ -89,28 +89,35 @@ def find_sites(model: PreTrainedModel) -> Sites:
     residual = None
     try:
         values = tuple(_values(model, prefix, block) for prefix, block in blocks)
-    except _NoSite as reason:
+    except NoSite as reason:
         reasons.append(f"Values cannot be rotated in the weights: {reason}")
     try:
         residual = _residual(model, blocks)
-    except _NoSite as reason:
+    except NoSite as reason:
         reasons.append(f"The residual stream cannot be rotated in the weights: {reason}")
     return Sites(residual, values, tuple(reasons))
 
 
 def _values(model: PreTrainedModel, prefix: str, block: nn.Module) -> ValueSite:
     attention = f"{prefix}.self_attn"
-    linear = _linears(block, "self_attn", ATTENTION, attention)
+    linear = linears(block, "self_attn", ATTENTION, attention)
+    heads, kv_heads, head_dim = attention_heads(model, linear, attention)
+    return ValueSite(f"{attention}.v_proj", f"{attention}.o_proj", heads, kv_heads, head_dim)
+
+
+def attention_heads(model: PreTrainedModel, linear: Mapping[str, nn.Linear], where: str) -> tuple[int, int, int]:
+    """Heads, heads of keys and values, and the width of each, by config and the projections; `NoSite` if these do not
+    agree."""
     config = model.config.get_text_config().to_dict()
     heads, kv_heads = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if not isinstance(heads, int) or not isinstance(kv_heads, int) or heads % kv_heads:
-        raise _NoSite(f"config.json has {heads!r} heads for {kv_heads!r} heads of keys and values.")
+        raise NoSite(f"config.json has {heads!r} heads for {kv_heads!r} heads of keys and values.")
     query, key, value, output = (linear[name] for name in ATTENTION)
     head_dim = value.out_features // kv_heads
     widths = (query.out_features, key.out_features, value.out_features, output.in_features)
     if widths != (heads * head_dim, kv_heads * head_dim, kv_heads * head_dim, heads * head_dim):
-        raise _NoSite(f"the projections of '{attention}' have widths {list(widths)}, not those of {heads} equal heads.")
-    return ValueSite(f"{attention}.v_proj", f"{attention}.o_proj", heads, kv_heads, head_dim)
+        raise NoSite(f"the projections of '{where}' have widths {list(widths)}, not those of {heads} equal heads.")
+    return heads, kv_heads, head_dim
 
 
 def _residual(model: PreTrainedModel, blocks: list[tuple[str, nn.Module]]) -> Residual:
@@ -119,20 +126,20 @@ def _residual(model: PreTrainedModel, blocks: list[tuple[str, nn.Module]]) -> Re
     prefix = f"{base}." if base else ""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if not isinstance(head, nn.Linear) or not base or base != model.base_model_prefix:
-        raise _NoSite("no language head reads the last norm.")
+        raise NoSite("no language head reads the last norm.")
     if not isinstance(embedding, nn.Embedding) or embedding.max_norm is not None:
-        raise _NoSite("the embedding is no table of rows.")
+        raise NoSite("the embedding is no table of rows.")
     names = {module: name for name, module in model.named_modules()}
     _require_children(model, "", (base, names[head]))
     _require_children(model.get_submodule(base), base, ("embed_tokens", layers, "norm"))
     if names[embedding] != f"{prefix}embed_tokens":
-        raise _NoSite(f"the embedding is '{names[embedding]}'.")
+        raise NoSite(f"the embedding is '{names[embedding]}'.")
     readers: dict[str, str] = {}
     writers, norms = [], [f"{prefix}norm"]
     for name, block in blocks:
         _require_children(block, name, BLOCK)
-        _linears(block, "self_attn", ATTENTION, f"{name}.self_attn")
-        _linears(block, "mlp", MLP, f"{name}.mlp")
+        linears(block, "self_attn", ATTENTION, f"{name}.self_attn")
+        linears(block, "mlp", MLP, f"{name}.mlp")
         readers |= {f"{name}.self_attn.{last}": f"{name}.input_layernorm" for last in ATTENTION[:3]}
         readers |= {f"{name}.mlp.{last}": f"{name}.post_attention_layernorm" for last in MLP[:2]}
         writers += [f"{name}.self_attn.o_proj", f"{name}.mlp.down_proj"]
@@ -143,7 +150,7 @@ def _residual(model: PreTrainedModel, blocks: list[tuple[str, nn.Module]]) -> Re
         linear = model.get_submodule(name)
         side = linear.in_features if name in readers else linear.out_features
         if side != width:
-            raise _NoSite(f"'{name}' has {side} channels on the side of the residual stream of {width}.")
+            raise NoSite(f"'{name}' has {side} channels on the side of the residual stream of {width}.")
     offset = _common_offset({name: model.get_submodule(name) for name in norms})
     tied = head.weight is embedding.weight
     return Residual(width, names[embedding], names[head], tied, readers, tuple(writers), offset)
@@ -154,25 +161,25 @@ def _common_offset(norms: Mapping[str, nn.Module]) -> float:
     offsets: dict[type[nn.Module], float] = {}
     for name, norm in norms.items():
         if type(norm) not in offsets:
-            offset = _gain_offset(norm)
+            offset = gain_offset(norm)
             if offset is None:
-                raise _NoSite(f"'{name}' ({type(norm).__name__}) is not RMSNorm with a gain.")
+                raise NoSite(f"'{name}' ({type(norm).__name__}) is not RMSNorm with a gain.")
             offsets[type(norm)] = offset
     if len(set(offsets.values())) > 1:
-        raise _NoSite("its norms are of different kinds.")
+        raise NoSite("its norms are of different kinds.")
     return next(iter(offsets.values()))
 
 
-def _linears(block: nn.Module, child: str, names: tuple[str, ...], where: str) -> dict[str, nn.Linear]:
+def linears(block: nn.Module, child: str, names: tuple[str, ...], where: str) -> dict[str, nn.Linear]:
     """The linear maps `names` of a block's child that has no others and nothing unknown."""
     parent = dict(block.named_children()).get(child)
     if parent is None:
-        raise _NoSite(f"there is no '{where}'.")
+        raise NoSite(f"there is no '{where}'.")
     children = _require_children(parent, where, names)
     found = {name: module for name in names if isinstance(module := children[name], nn.Linear)}
     if len(found) != len(names):
         wrong = next(name for name in names if name not in found)
-        raise _NoSite(f"'{where}.{wrong}' is a {type(children[wrong]).__name__}, not a linear map.")
+        raise NoSite(f"'{where}.{wrong}' is a {type(children[wrong]).__name__}, not a linear map.")
     return found
 
 
@@ -184,14 +191,14 @@ def _require_children(module: nn.Module, where: str, names: Iterable[str]) -> di
     unknown = sorted(children.keys() - wanted - HARMLESS)
     if missing or unknown:
         what = f"no '{missing[0]}'" if missing else f"an unknown part '{unknown[0]}'"
-        raise _NoSite(f"'{place}' has {what}.")
+        raise NoSite(f"'{place}' has {what}.")
     own = [name for name, _ in module.named_parameters(recurse=False)]
     if own:
-        raise _NoSite(f"'{place}' has a parameter '{own[0]}' of its own.")
+        raise NoSite(f"'{place}' has a parameter '{own[0]}' of its own.")
     return children
 
 
-def _gain_offset(norm: nn.Module) -> float | None:
+def gain_offset(norm: nn.Module) -> float | None:
     """c, 0 or 1, of a norm that computes x / sqrt(mean x^2) * (c + weight); None for one that computes anything else.
 
     Its own code is run on random rows of non-zero mean, so long that the small number it adds to the mean is nothing.

@@ -7,7 +7,7 @@ block is called with and hands the hidden states on. Nothing is traced; blocks a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -52,20 +52,40 @@ class _Enough(Exception):
     """Raised by a recorder to end the model's forward pass."""
 
 
-class Recorder(nn.Module):
-    """Stands in the place of `block` in a model that is run for what its blocks are called with."""
+class Substitute(nn.Module):
+    """Stands in the place of `block` in a model. Facts that a model asks of its blocks, such as the kind of attention,
+    are those of the block."""
 
-    def __init__(self, block: nn.Module, index: int, log: list[Heard], last: bool, tuples: bool) -> None:
+    def __init__(self, block: nn.Module) -> None:
         super().__init__()
         self.block = block
-        self._index, self._log, self._last, self._tuples = index, log, last, tuples
 
     def __getattr__(self, name: str) -> Any:
-        """Facts that a model asks of its blocks, such as the kind of attention, are those of the block."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("block"), name)
+
+
+@contextmanager
+def substituted(model: nn.Module, stand_in: Callable[[int, str, nn.Module], nn.Module]) -> Iterator[None]:
+    """Within this, each block of `model` is `stand_in(index, name, block)`."""
+    blocks = find_blocks(model)
+    try:
+        for index, (name, block) in enumerate(blocks):
+            model.set_submodule(name, stand_in(index, name, block))
+        yield
+    finally:
+        for name, block in blocks:
+            model.set_submodule(name, block)
+
+
+class Recorder(Substitute):
+    """Stands in the place of `block` in a model that is run for what its blocks are called with."""
+
+    def __init__(self, block: nn.Module, index: int, log: list[Heard], last: bool, tuples: bool) -> None:
+        super().__init__(block)
+        self._index, self._log, self._last, self._tuples = index, log, last, tuples
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
@@ -114,7 +134,11 @@ def _run(model: PreTrainedModel, batch: Batch, ends_at: int | None, tuples: bool
     log: list[Heard] = []
     body = model.base_model
     options = {"use_cache": False} if model.can_generate() else {}
-    with _recorders(model, log, ends_at, tuples), torch.no_grad(), suppress(_Enough):
+
+    def recorder(index: int, name: str, block: nn.Module) -> Recorder:
+        return Recorder(block, index, log, index == ends_at, tuples)
+
+    with substituted(model, recorder), torch.no_grad(), suppress(_Enough):
         try:
             body(**batch, **options)
         except (ValueError, TypeError, IndexError, AttributeError) as error:
@@ -122,18 +146,6 @@ def _run(model: PreTrainedModel, batch: Batch, ends_at: int | None, tuples: bool
                 raise
             raise _strange(model, f"it uses more than the hidden states that they return ({error})") from error
     return log
-
-
-@contextmanager
-def _recorders(model: nn.Module, log: list[Heard], ends_at: int | None, tuples: bool) -> Iterator[None]:
-    blocks = find_blocks(model)
-    try:
-        for index, (name, block) in enumerate(blocks):
-            model.set_submodule(name, Recorder(block, index, log, index == ends_at, tuples))
-        yield
-    finally:
-        for name, block in blocks:
-            model.set_submodule(name, block)
 
 
 def _hidden(output: Any) -> Tensor:

@@ -6,9 +6,9 @@ is yet to be made from random weights, the bytes leave out the files' headers. M
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from compress.codecs import codec
 from compress.codecs.base import CodecSpec
@@ -18,12 +18,12 @@ from compress.plan.memory import calibrated_memory, nearest_memory
 from compress.plan.subject import Subject
 from compress.quantization.allocation import uniform
 from compress.quantization.options import Ldlq, rounding_of
-from compress.quantization.target import chosen_transform, open_target, predict, transformed
+from compress.quantization.target import Change, open_target, predict, transformed
+from compress.quantization.transforms import chosen_transform, transform_of
 from compress.transforms.incoherence import online_cost
 
 if TYPE_CHECKING:
     from compress.recipe import QuantizeRecipe
-    from compress.transforms.fold import Fold
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class QuantizationPlan:
     model_bytes: int
     data_free: bool
     rounding: str
-    transform: Literal["none", "hadamard"]
+    transform: str
     memory_bytes: int
     codec: str
     containers: tuple[str, ...]
@@ -71,12 +71,14 @@ def plan_quantization(
     options = None if calibration is None else rounding_of(calibration.name, calibration.options)
     views = matrices(subject.model)
     require_linear(views)
-    transform = chosen_transform(recipe.transform, method, recipe.data is not None, exported)
+    asked = transform_of(recipe.transform.name, recipe.transform.options)
+    transform = chosen_transform(asked, method, recipe.data is not None, exported)
     if subject.checkpoint is not None:
         target = open_target(subject.checkpoint.folder, trust_remote_code, transform)
-        fold, mixing = target.fold, target.mixing
+        change = Change(target.fold, target.mixing, target.transform)
     else:
-        fold, mixing = transformed(subject.model, views, transform, 0, subject.model.get_parameter)
+        change = transformed(subject.model, views, transform, 0, subject.model.get_parameter)
+    mixing = change.mixing
     specs = uniform(views, method, recipe.bits, mixing)
     rows = tuple(_row(view, specs[view.name]) for view in views)
     weights = sum(view.weights for view in views)
@@ -96,9 +98,9 @@ def plan_quantization(
         rounding="nearest" if calibration is None else str(calibration),
         memory_bytes=memory,
         codec=str(recipe.codec),
-        transform="none" if set(mixing.values()) == {"none"} else "hadamard",
+        transform=change.text,
         containers=() if set(mixing.values()) != {"none"} else method.containers(specs[views[0].name]),
-        notes=tuple(_notes(recipe, subject, views, fold, mixing)),
+        notes=tuple(_notes(recipe, subject, views, change)),
         matrices=rows,
     )
 
@@ -118,20 +120,16 @@ def _row(view: MatrixView, spec: CodecSpec) -> MatrixPlan:
     )
 
 
-def _notes(
-    recipe: QuantizeRecipe, subject: Subject, views: Sequence[MatrixView], fold: Fold, mixing: Mapping[str, str]
-) -> Iterator[str]:
+def _notes(recipe: QuantizeRecipe, subject: Subject, views: Sequence[MatrixView], change: Change) -> Iterator[str]:
     if recipe.data is None:
         yield "data-free: no text is used, every weight counts the same"
-    if set(mixing.values()) == {"none"}:
-        return
-    cost = online_cost(views, mixing)
-    online = sum(word != "none" for word in mixing.values())
-    yield (
-        f"hadamard: {online} of {len(views)} matrices are mixed at run time, "
-        f"{100 * cost.relative:.1f} % more multiply-adds a token in the blocks"
-    )
-    yield from (f"not folded: {reason}" for reason in fold.sites.reasons)
-    for name, like in fold.added.items():
+    online = sum(word != "none" for word in change.mixing.values())
+    if online:
+        yield (
+            f"{change.text.partition(':')[0]}: {online} of {len(views)} matrices are mixed at run time, "
+            f"{100 * online_cost(views, change.mixing).relative:.1f} % more multiply-adds a token in the blocks"
+        )
+    yield from (f"not folded: {reason}" for reason in change.fold.reasons)
+    for name, like in change.fold.added.items():
         size = subject.model.get_parameter(like).numel() * subject.model.dtype.itemsize
         yield f"the head is untied from the embedding: '{name}' adds {size:,} bytes"

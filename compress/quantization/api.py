@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 
 from compress.codecs import registry
 from compress.codecs.base import Codec, CodecSpec, QuantizedMatrix
+from compress.data.calibration import Batch
 from compress.errors import ModelError, UsageError
 from compress.events import Events, seconds_left
 from compress.formats.config import QuantizationConfig
 from compress.modeling.loading import load_model, load_tokenizer, require_unquantized
-from compress.modeling.sites import Sites
 from compress.modeling.structure import MatrixView, find_blocks, matrices, read_view, require_linear
 from compress.quantization.allocation import uniform
 from compress.quantization.blocks import by_block, mean_error
@@ -27,9 +27,11 @@ from compress.quantization.data import CalibrationData, calibration_batches
 from compress.quantization.matrix import MatrixReport, quantize_matrix
 from compress.quantization.modules import PackedLinear, packed_modules
 from compress.quantization.options import Ldlq, Rounding, rounding_of
-from compress.quantization.target import Transform, chosen_transform, transformed, untouched
+from compress.quantization.ost import learn_basis
+from compress.quantization.target import Change, transformed, unchanged, untouched
+from compress.quantization.transforms import Ost, Transform, Untransformed, chosen_transform, parse_transform
 from compress.recipe.method import parse_method
-from compress.transforms.fold import Fold, fold_model
+from compress.transforms.fold import fold_model
 from compress.transforms.incoherence import view_signs
 from compress.transforms.signs import Signs
 
@@ -46,7 +48,7 @@ def quantize(
     data: CalibrationData | None = None,
     codec: str | Codec = "half_pyramid",
     rounding: str | Rounding | None = None,
-    transform: Transform = "auto",
+    transform: str | Transform = "auto",
     rows: int = 128,
     context: int | None = None,
     seed: int = 0,
@@ -81,26 +83,30 @@ def quantize(
     views = matrices(model)
     require_linear(views)
     rounder = _codec(codec) if isinstance(codec, str) else codec
-    method = _method(rounding, data)
-    transform = chosen_transform(transform, rounder, data is not None)
-    fold, mixing = Fold(Sites()), {view.name: "none" for view in views}
-    if transform != "none":
-        fold, mixing = transformed(_of_transformers(model, "transformed"), views, transform, seed, model.get_parameter)
-    specs = uniform(views, rounder, bits, mixing)
+    asked = parse_transform(transform) if isinstance(transform, str) else transform
+    method = _method(rounding, data, asked)
+    chosen = chosen_transform(asked, rounder, data is not None)
+    change = unchanged(views)
+    if not isinstance(chosen, Untransformed):
+        change = transformed(_of_transformers(model, "transformed"), views, chosen, seed, model.get_parameter)
+    specs = uniform(views, rounder, bits, change.mixing)
     ignore = untouched(model, views)
-    signs = {view.name: view_signs(view, mixing[view.name], seed) for view in views}
-    if isinstance(method, Ldlq) and data is not None:
+    signs = {view.name: view_signs(view, change.mixing[view.name], seed) for view in views}
+    batches: list[Batch] = []
+    if data is not None:
         ours = _of_transformers(model, "calibrated")
         name = str(ours.config.name_or_path)
         batches = calibration_batches(
             ours, data, lambda: tokenizer or load_tokenizer(name), rows=rows, context=context, seed=seed
         )
+    if isinstance(chosen, Ost):
+        change = _learned(ours, views, chosen, rounder, specs, batches, seed, events)
+    if isinstance(model, PreTrainedModel):
+        fold_model(model, change.fold)
+    if isinstance(method, Ldlq):
         scheme = Scheme(rounder, specs, {name: one.to(ours.device) for name, one in signs.items()}, method)
-        fold_model(ours, fold)
         blocks = _calibrated(ours, by_block(views), Calibration.in_memory(ours, batches, scheme))
     else:
-        if isinstance(model, PreTrainedModel):
-            fold_model(model, fold)
         blocks = _nearest(model, by_block(views), rounder, specs, signs)
     stored_bits = _replace(model, blocks, len(by_block(views)), events)
     if isinstance(model, PreTrainedModel):
@@ -130,18 +136,36 @@ def _codec(text: str) -> Codec:
     return registry.codec(method.name, **method.options)
 
 
-def _method(rounding: str | Rounding | None, data: CalibrationData | None) -> Rounding:
+def _method(rounding: str | Rounding | None, data: CalibrationData | None, transform: Transform) -> Rounding:
     if rounding is None:
         rounding = "nearest" if data is None else "ldlq"
     if isinstance(rounding, str):
         asked = parse_method(rounding)
         rounding = rounding_of(asked.name, asked.options)
     method = rounding
-    if isinstance(method, Ldlq) and data is None:
-        raise UsageError("Calibrated rounding needs data.", remedy="Pass data=..., such as 'builtin:python/train'.")
-    if not isinstance(method, Ldlq) and data is not None:
+    learns = isinstance(transform, Ost)
+    if (isinstance(method, Ldlq) or learns) and data is None:
+        what = "A transform is learned from" if learns else "Calibrated rounding needs"
+        raise UsageError(f"{what} data.", remedy="Pass data=..., such as 'builtin:python/train'.")
+    if not isinstance(method, Ldlq) and not learns and data is not None:
         raise UsageError("Rounding to the nearest uses no data.", remedy="Leave out one of the two.")
     return method
+
+
+def _learned(
+    model: PreTrainedModel,
+    views: Sequence[MatrixView],
+    transform: Ost,
+    codec: Codec,
+    specs: Mapping[str, CodecSpec],
+    batches: Sequence[Batch],
+    seed: int,
+    events: Events,
+) -> Change:
+    """What is learned, on a copy of the model unless it is in float32."""
+    wide = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
+    learned = learn_basis(wide, views, transform, codec, specs, batches, seed, events)
+    return transformed(model, views, transform, seed, model.get_parameter, learned.tensors)
 
 
 def _nearest(

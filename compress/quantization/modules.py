@@ -8,6 +8,10 @@ costs as much as many products, and a model that is run at all needs it again.
 
 A mixed matrix holds W' = Qo^T W Qi. Its product with packed weights is y = Qo (W' (Qi^T x)) + b: activations are mixed
 before it and after it. A weight that is decoded and kept is kept in the original basis, where nothing needs mixing.
+
+Activations that are quantized (`compress.quantization.dynamic`) are so in the basis in which they are multiplied: what
+an engine would round is Qi^T x. While `roundings` has an entry the product is that of W' and the rounded Qi^T x, and
+where the codec has none, W' is decoded and kept.
 """
 
 from __future__ import annotations
@@ -28,7 +32,9 @@ class PackedLinear(nn.Module):
     """y = x W^T + b with W [out, in] decoded from its payload.
 
     `weight` is the payload (int8, one dimension, `bits / 8` long), `bias` the original parameter or None. W is decoded
-    in float32 and then cast to the activations' dtype; it receives no gradient, the activations do.
+    in float32 and then cast to the activations' dtype; it receives no gradient, the activations do. `roundings` are
+    applied, one after the other, to the mixed rows [R, in] that W' is multiplied with; empty unless activations are
+    quantized.
     """
 
     weight: Tensor
@@ -41,8 +47,10 @@ class PackedLinear(nn.Module):
         self.register_buffer("weight", payload)
         self.register_parameter("bias", None)
         self._product: Product | None = None
-        self._signs = Signs()
+        self._signs: Signs | None = None
         self._decoded: Tensor | None = None
+        self._decoded_plain: Tensor | None = None
+        self.roundings: tuple[Callable[[Tensor], Tensor], ...] = ()
 
     @classmethod
     def from_matrix(cls, linear: nn.Linear, matrix: QuantizedMatrix) -> Self:
@@ -67,25 +75,41 @@ class PackedLinear(nn.Module):
 
     def product(self) -> Product | None:
         """x [R, in] -> x W^T in the mixed basis; None where the weight should be decoded and kept (`Codec.prepare`)."""
-        if self._product is None and self._decoded is None:
-            matrix = self.quantized()
-            self._signs = matrix.signs
-            self._product = codec_of(self.spec).prepare(matrix.plain)
+        if self._product is None and self._decoded is None and self._decoded_plain is None:
+            self._product = codec_of(self.spec).prepare(self.quantized().plain)
         return self._product
+
+    def signs(self) -> Signs:
+        """Of the sides that are mixed, read from the payload."""
+        if self._signs is None:
+            self._signs = self.quantized().signs
+        return self._signs
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """W [out, in] in the original basis in `dtype`, on the payload's device."""
         if self._decoded is None or self._decoded.dtype != dtype:
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 self._decoded = self.quantized().dequantize().to(dtype)
         return self._decoded
 
+    def decoded_plain(self, dtype: torch.dtype) -> Tensor:
+        """W' [out, in], the weight in the mixed basis, in `dtype`, on the payload's device."""
+        if self.spec.mixing == "none":
+            return self.decoded(dtype)
+        if self._decoded_plain is None or self._decoded_plain.dtype != dtype:
+            with torch.inference_mode(False), torch.no_grad():
+                self._decoded_plain = self.quantized().plain.dequantize().to(dtype)
+        return self._decoded_plain
+
     def forward(self, x: Tensor) -> Tensor:
         multiply = self.product()
-        if multiply is None:
+        if multiply is None and not self.roundings:
             return functional.linear(x, self.decoded(x.dtype), self.bias)
-        rows = self._signs.mix_inputs(x.reshape(-1, self.in_features))
-        y = self._signs.unmix_outputs(multiply(rows)).view(*x.shape[:-1], self.out_features)
+        rows = self.signs().mix_inputs(x.reshape(-1, self.in_features))
+        for rounding in self.roundings:
+            rows = rounding(rows)
+        y = functional.linear(rows, self.decoded_plain(x.dtype)) if multiply is None else multiply(rows)
+        y = self.signs().unmix_outputs(y).view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
     def to_linear(self, dtype: torch.dtype) -> nn.Linear:
@@ -101,13 +125,16 @@ class PackedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, codec={self.spec.codec}, width={self.spec.width}{mixing}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._product = self._decoded = None  # the payload moves; what was read on the old device is void
+        self._forget()  # the payload moves; what was read on the old device is void
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
-        self._product = self._decoded = None  # the payload changes
+        self._forget()  # the payload changes
         super()._load_from_state_dict(*args, **kwargs)
+
+    def _forget(self) -> None:
+        self._product = self._signs = self._decoded = self._decoded_plain = None
 
 
 def packed_modules(model: nn.Module) -> dict[str, PackedLinear]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from compress.codecs.base import Option
-from compress.errors import UsageError, nearest
+from compress.errors import UsageError
+from compress.quantization.methods import check_words, method_of, method_text
 
 
 @dataclass(frozen=True)
@@ -46,25 +46,10 @@ class Ldlq:
     @property
     def text(self) -> str:
         """As on the command line, with what differs from the defaults."""
-        fields = [(field.name, getattr(self, field.name), field.default) for field in dataclasses.fields(self)]
-        changed = [
-            f"{name}={str(value).lower() if isinstance(value, bool) else value}"
-            for name, value, default in fields
-            if value != default
-        ]
-        return f"{self.name}:{','.join(changed)}" if changed else self.name
+        return method_text(self)
 
     def __post_init__(self) -> None:
-        allowed = {
-            "gain": ("projection", "norm", "best"),
-            "sequential": ("matrix", "block", "nothing"),
-            "fallback": ("error", "nearest"),
-        }
-        for field, words in allowed.items():
-            if getattr(self, field) not in words:
-                raise UsageError(
-                    f"The rounding's {field} is {getattr(self, field)!r}.", remedy=f"It is one of {', '.join(words)}."
-                )
+        check_words("rounding", self)
         if not (0 <= self.asymmetric <= 1 and 0 <= self.damping < 10 and 0 <= self.sweeps <= 100):
             raise UsageError(
                 f"The rounding has damping {self.damping}, {self.sweeps} sweeps, asymmetric {self.asymmetric}.",
@@ -82,20 +67,4 @@ ROUNDINGS: Mapping[str, type[Nearest] | type[Ldlq]] = {"nearest": Nearest, "ldlq
 
 def rounding_of(name: str, options: Mapping[str, Option | None] | None = None) -> Rounding:
     """The rounding `name` with its options. Raises `UsageError` that names the nearest known name or option."""
-    if name not in ROUNDINGS:
-        raise UsageError(f"There is no rounding '{name}'.", remedy=nearest(name, list(ROUNDINGS), "There are"))
-    cls = ROUNDINGS[name]
-    known = {field.name: type(field.default) for field in dataclasses.fields(cls)}
-    given: dict[str, Any] = {}
-    for option, value in (options or {}).items():
-        if option not in known:
-            raise UsageError(
-                f"The rounding '{name}' has no option '{option}'.", remedy=nearest(option, list(known), "It takes")
-            )
-        if known[option] is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if type(value) is not known[option]:
-            kind = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}[known[option]]
-            raise UsageError(f"The option '{option}' of the rounding '{name}' is {value!r}.", remedy=f"Give {kind}.")
-        given[option] = value
-    return cls(**given)
+    return method_of("rounding", ROUNDINGS, name, options)

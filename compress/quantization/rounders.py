@@ -16,7 +16,7 @@ from compress.modeling.structure import MatrixView, find_blocks, read_view
 from compress.quantization.calibrated import BlockInputs, Calibration, Scheme
 from compress.quantization.data import CalibrationData, calibration_batches, row_length
 from compress.quantization.matrix import MatrixReport, quantize_matrix
-from compress.quantization.options import Ldlq
+from compress.quantization.options import Ldlq, Rounding
 from compress.quantization.target import Target
 
 if TYPE_CHECKING:
@@ -93,11 +93,12 @@ class NearestRounder:
 
 @dataclass(frozen=True)
 class CalibrationOptions:
-    """data and how many `rows` of `context` tokens to draw from it with `seed`; `budget`: bytes of hidden states that
+    """data and how many `rows` of `context` tokens to draw from it with `seed`, for the rounding `options` and for a
+    transform that is learned; `budget`: bytes of hidden states that
     stay in memory; `device`: where blocks run and are rounded."""
 
     data: CalibrationData
-    options: Ldlq
+    options: Rounding
     rows: int = 128
     context: int | None = None
     seed: int = 0
@@ -124,6 +125,7 @@ class CalibratedRounder:
         texts = [part for part in named if isinstance(part, str)]
         length = row_length(self._model, options.context)
         size = f"{options.rows} rows of {length} tokens of {' + '.join(texts)}, seed {options.seed}"
+        assert isinstance(options.options, Ldlq)
         self.text = f"{options.options.text}, {size if texts else 'batches as given'}"
         self._blocks = [name for name, _ in find_blocks(self._model)]
         batches = calibration_batches(

@@ -31,8 +31,11 @@ from compress.modeling.writer import MAX_SHARD_BYTES, write_tensors
 from compress.ops import backend
 from compress.quantization.blocks import by_block, mean_error
 from compress.quantization.matrix import MatrixReport, require_finite
+from compress.quantization.options import Ldlq
+from compress.quantization.ost import learn_checkpoint
 from compress.quantization.rounders import CalibratedRounder, CalibrationOptions, NearestRounder, Rounder
-from compress.quantization.target import Target, Transform, entries, open_target, predict
+from compress.quantization.target import NOTHING, Target, entries, open_target, predict
+from compress.quantization.transforms import Ost, Transform
 from compress.storage import check_free, disk_errors, stage_beside
 from compress.workspace import Workspace
 
@@ -48,7 +51,7 @@ def quantize_checkpoint(
     events: Events,
     *,
     calibration: CalibrationOptions | None = None,
-    transform: Transform = "none",
+    transform: Transform = NOTHING,
     seed: int = 0,
     bits_target: float | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -57,7 +60,7 @@ def quantize_checkpoint(
     """Quantize the model in `source` into the artifact `out` and return its report, which is also `out/report.json`.
 
     `specs` gives each matrix of the target set what it is stored as. Without `calibration` each is rounded to the
-    nearest. Units of `workspace` named `quantize/...` are used.
+    nearest, and no transform can be learned. Units of `workspace` named `quantize/...` are used.
     Raises `ModelError`, `NumericsError` or `CodecError` for what cannot be quantized, `UsageError` when `out` is
     taken or, like the work folder, inside `source`, `WorkspaceError` on a full disk; `out` then does not exist.
     """
@@ -71,13 +74,19 @@ def quantize_checkpoint(
     _check_specs(target, specs)
     _check_finite(target, workspace)
     blocks = by_block(target.views)
+    how: dict[str, Any] = {"transform": target.transform}
+    if isinstance(transform, Ost):
+        if calibration is None:
+            raise UsageError("A transform is learned from data.", remedy="Name some with --data.")
+        learned = learn_checkpoint(target, transform, codec, specs, calibration, workspace, seed, trust_remote_code)
+        target = open_target(source, trust_remote_code, transform, seed, learned.tensors)
+        how["learning"] = learned.figures
     rounder: Rounder = NearestRounder(target, codec, specs)
-    if calibration is not None:
+    if calibration is not None and isinstance(calibration.options, Ldlq):
         rounder = CalibratedRounder(target, codec, specs, calibration, workspace, trust_remote_code)
     with events.stage(STAGE, len(blocks)):
         records = _quantize_blocks(blocks, rounder, workspace, events)
-    how = {"rounding": rounder.text, "transform": target.transform}
-    report = {**_report(target, specs, records, bits_target, max_shard_bytes), **how}
+    report = {**_report(target, specs, records, bits_target, max_shard_bytes), "rounding": rounder.text, **how}
     staged = stage_beside(out)
     started = time.monotonic()
     with disk_errors(out):

@@ -9,39 +9,31 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compress.codecs.base import Codec, CodecSpec
+from compress.codecs.base import CodecSpec
 from compress.codecs.registry import codec_of
 from compress.errors import ModelError
 from compress.modeling.io import Checkpoint
 from compress.modeling.layout import Entry, plan_shards
 from compress.modeling.loading import load_config, parameter_count, require_unquantized, skeleton
 from compress.modeling.names import stored_names
+from compress.modeling.scalings import Scalings
 from compress.modeling.sites import Sites
 from compress.modeling.structure import MatrixView, matrices, require_linear
 from compress.modeling.writer import MAX_SHARD_BYTES
+from compress.quantization.transforms import Auto, Hadamard, Ost, Transform, Untransformed
+from compress.transforms.basis import Basis, hadamard_basis
 from compress.transforms.fold import Fold, Read, make_fold
 from compress.transforms.incoherence import online_mixing, view_signs
-from compress.transforms.probe import proven_sites
+from compress.transforms.learned import is_rotation, learned_basis, learned_shapes
+from compress.transforms.probe import proven_scalings, proven_sites
 from compress.transforms.signs import Signs
 
-Transform = Literal["auto", "none", "hadamard"]
-"""What is done to a model before it is rounded: nothing, or mixing of its matrices, folded where it can be; "auto"
-mixes unless that would untie a head."""
-AUTO_CODECS = ("half_pyramid",)
-"""Codecs that are not chosen for the stock containers that hold them, which no mixed matrix fits."""
-
-
-def chosen_transform(transform: Transform, codec: Codec, calibrated: bool, exported: bool = False) -> Transform:
-    """`transform`, where "auto" stays for calibrated rounding with a codec of `AUTO_CODECS` of a model that is not
-    exported, and is "none" for everything else."""
-    mixes = calibrated and not exported and codec.config_type.name in AUTO_CODECS
-    return transform if transform != "auto" or mixes else "none"
+NOTHING = Untransformed()
 
 
 @dataclass(frozen=True)
@@ -50,7 +42,7 @@ class Target:
     `ignore` names the embeddings and linear maps outside of the target set; `parameters` counts tied ones once.
 
     `fold` is what a transform makes of the parameters before they are rounded, `mixing` which sides of each matrix, by
-    its name, are mixed at run time, with signs from `seed`.
+    its name, are mixed at run time, with signs from `seed`; `transform` is what was chosen, as text.
     """
 
     source: Path
@@ -63,11 +55,7 @@ class Target:
     fold: Fold
     mixing: Mapping[str, str]
     seed: int
-
-    @property
-    def transform(self) -> Transform:
-        """What was chosen."""
-        return "none" if all(word == "none" for word in self.mixing.values()) else "hadamard"
+    transform: str
 
     def read_original(self, parameter: str) -> Tensor:
         """The tensor of the checkpoint for `parameter`, a name of the model's."""
@@ -97,8 +85,15 @@ class Prediction:
     model_bits_per_weight: float
 
 
-def open_target(source: Path, trust_remote_code: bool = False, transform: Transform = "none", seed: int = 0) -> Target:
-    """Read config and headers of the model in `source`, which `transform` is to change with signs from `seed`.
+def open_target(
+    source: Path,
+    trust_remote_code: bool = False,
+    transform: Transform = NOTHING,
+    seed: int = 0,
+    learned: Mapping[str, Tensor] | None = None,
+) -> Target:
+    """Read config and headers of the model in `source`, which `transform` is to change with signs from `seed`, and
+    `Ost` with the tensors that it `learned`.
 
     Raises `ModelError` for a model that is damaged, already quantized, of unknown structure, mixture-of-experts, or
     whose checkpoint lacks a matrix of the target set or has it in another shape.
@@ -110,7 +105,7 @@ def open_target(source: Path, trust_remote_code: bool = False, transform: Transf
     views = matrices(model)
     require_linear(views)
     stored = stored_names(checkpoint.names(), model)
-    fold, mixing = transformed(model, views, transform, seed, lambda name: checkpoint.read(stored[name]))
+    change = transformed(model, views, transform, seed, lambda name: checkpoint.read(stored[name]), learned)
     target = Target(
         source=source,
         checkpoint=checkpoint,
@@ -119,26 +114,76 @@ def open_target(source: Path, trust_remote_code: bool = False, transform: Transf
         known=frozenset(model.state_dict()),
         ignore=untouched(model, views),
         parameters=parameter_count(model),
-        fold=fold,
-        mixing=mixing,
+        fold=change.fold,
+        mixing=change.mixing,
         seed=seed,
+        transform=change.text,
     )
     for view in views:
         _check_view(target, view)
     return target
 
 
+@dataclass(frozen=True)
+class Change:
+    """What a transform does to a model: what is folded, which sides of each matrix, by its name, are mixed at run time,
+    and what it is called."""
+
+    fold: Fold
+    mixing: Mapping[str, str]
+    text: str
+
+
 def transformed(
-    model: PreTrainedModel, views: Sequence[MatrixView], transform: Transform, seed: int, read: Read
-) -> tuple[Fold, dict[str, str]]:
-    """What `transform` folds into `model`, which may be on the meta device, and which sides of the matrices `views` it
-    mixes at run time. `read` gives the original tensor of a parameter."""
-    nothing = Fold(Sites()), {view.name: "none" for view in views}
-    if transform == "none":
-        return nothing
+    model: PreTrainedModel,
+    views: Sequence[MatrixView],
+    transform: Transform,
+    seed: int,
+    read: Read,
+    learned: Mapping[str, Tensor] | None = None,
+) -> Change:
+    """What `transform` does to `model`, which may be on the meta device, and its matrices `views`. `read` gives the
+    original tensor of a parameter. Without the tensors that `Ost` `learned` the change is the one it starts with: the
+    same parameters change, and the same matrices are mixed.
+
+    Raises `ModelError` for a model that has no place for what `Ost` learns.
+    """
+    nothing = {view.name: "none" for view in views}
+    if isinstance(transform, Untransformed):
+        return unchanged(views)
     sites = proven_sites(model)
-    fold = make_fold(sites, seed, read)
-    return nothing if transform == "auto" and fold.added else (fold, online_mixing(views, sites))
+    basis = hadamard_basis(sites, seed)
+    if isinstance(transform, Ost):
+        scalings = require_places(model, sites, transform)
+        resting = learned_shapes(sites, scalings, transform.parts)
+        tensors = {name: torch.zeros(shape) for name, shape in resting.items() if not is_rotation(name)}
+        basis = learned_basis(sites, scalings, tensors if learned is None else learned, seed)
+    fold = make_fold(basis, read)
+    if isinstance(transform, Auto) and fold.added:
+        return unchanged(views)
+    online = not isinstance(transform, Ost) or transform.online
+    text = transform.text if isinstance(transform, Ost) else Hadamard.name
+    return Change(fold, online_mixing(views, sites) if online else nothing, text)
+
+
+def unchanged(views: Sequence[MatrixView]) -> Change:
+    """No transform."""
+    return Change(Fold(Basis()), {view.name: "none" for view in views}, Untransformed.name)
+
+
+def require_places(model: PreTrainedModel, sites: Sites, transform: Ost) -> Scalings:
+    """The scalings of `model`, of those that `transform` learns. Raises `ModelError` when there is nothing to learn."""
+    scalings = proven_scalings(model)
+    scalings = Scalings(
+        scalings.gates if transform.gates else (), scalings.queries if transform.queries else (), scalings.reasons
+    )
+    if not learned_shapes(sites, scalings, transform.parts):
+        reasons = " ".join((*sites.reasons, *scalings.reasons))
+        raise ModelError(
+            f"{type(model).__name__} has no place for a learned transform. {reasons}".rstrip(),
+            remedy="Use --transform hadamard, which mixes at run time, or none.",
+        )
+    return scalings
 
 
 def untouched(model: nn.Module, views: list[MatrixView]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from compress.recipe.method import Method
 
@@ -91,10 +91,11 @@ class QuantizeRecipe(Part):
     rounding: Method | None = Field(
         None, description="nearest, or ldlq[:key=value,...], which needs data; by default what the data allow"
     )
-    transform: Literal["auto", "none", "hadamard"] = Field(
-        "auto",
-        description="what mixes the matrices before rounding; auto: hadamard for calibrated half_pyramid, where no "
-        "head is untied and nothing is exported",
+    transform: Method = Field(
+        Method(name="auto"),
+        description="what is done to the matrices before rounding: none, hadamard, or ost[:key=value,...], which is "
+        "learned from the data; auto: hadamard for calibrated half_pyramid, where no head is untied and nothing is "
+        "exported",
     )
     memory: Text = Field("2GB", description="hidden states that are kept in memory; more than that goes to disk")
     max_shard_bytes: Count = Field(5_000_000_000, description="size at which a new weight file is begun")
@@ -107,14 +108,19 @@ class QuantizeRecipe(Part):
 
     @model_validator(mode="after")
     def _rounding_has_data(self) -> QuantizeRecipe:
+        learns = self.transform.name == "ost"
+        if learns and self.data is None:
+            raise ValueError("the transform ost needs `data`")
         if self.rounding is not None and (self.rounding.name == "nearest") != (self.data is None):
+            if self.rounding.name == "nearest" and learns:
+                return self
             what = "uses no data" if self.rounding.name == "nearest" else "needs `data`"
             raise ValueError(f"the rounding {self.rounding.name} {what}")
         return self
 
     @property
     def calibration(self) -> Method | None:
-        """The rounding that uses data; None for rounding to the nearest."""
+        """What the data are used for when matrices are rounded; None without data."""
         if self.data is None:
             return None
         return self.rounding or Method(name="ldlq")
@@ -134,8 +140,21 @@ class EvaluateRecipe(Part):
     limit: Count | None = Field(None, description="tokens at most; without it, all of the data")
     reference: Text | None = Field(None, description="the model to compare logits with")
     compare: list[Text] = Field([], description="further models to measure, in the same table")
-    tokens_per_second: bool = False
+    activations: int | None = Field(
+        None, ge=2, le=8, description="bits of the matrices' inputs, in every model but the reference; without, all"
+    )
+    kv: int | None = Field(None, ge=2, le=8, description="bits of keys and values, likewise")
+    kv_group: Count | None = Field(None, description="channels that share a scale of `kv`; without it, a head")
+    mix_keys: bool = Field(True, description="round keys after a Hadamard transform of each head")
+    tokens_per_second: bool = Field(False, description="speed of decoding, without `activations` and `kv`")
     samples: int = Field(0, ge=0, description="texts to generate")
+
+    @field_validator("kv_group")
+    @classmethod
+    def _group_has_bits(cls, group: int | None, others: ValidationInfo) -> int | None:
+        if group is not None and others.data.get("kv", 0) is None:
+            raise ValueError("a group of keys and values that have their bits in `kv`")
+        return group
 
 
 class Recipe(Part):

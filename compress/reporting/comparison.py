@@ -1,9 +1,12 @@
 """The comparison that ends a run: models side by side, with the figures that say what was gained and what was lost.
 
-Each model is loaded once, in float32, and measured on the same windows: sizes, the figures of
-`evaluation/evaluate.py`, and where asked the speed of decoding in torch and in ONNX Runtime. The last model, the
-result of the run, also writes a few texts. A model that the run did not export is exported for the measurement and the
-export removed again.
+Each model is loaded once, in float32, and measured on the same windows: sizes, the figures of the verb `evaluate`, and
+where asked the speed of decoding in torch and in ONNX Runtime. The last model, the result of the run, also writes a few
+texts. A model that the run did not export is exported for the measurement and the export removed again.
+
+Where activations, keys or values are to be quantized they are so in every model, also while it writes. The reference
+stays what it is, also in a column of its own, unless that is the last one: a model may be measured against itself.
+Speeds and exports are of models without it, and a note says so.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +28,7 @@ from compress.exporters import export_onnx
 from compress.formats.sizes import model_size
 from compress.modeling.loading import check_tokenizers, load_model, load_tokenizer
 from compress.modeling.resolve import resolve_model
+from compress.quantization.dynamic import Dynamic, dynamic_quantization
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -60,12 +65,24 @@ def compare(
         for subject in subjects:
             other = load_tokenizer(subject.model, trust_remote_code)
             check_tokenizers(subject.name, other, asked.reference, tokenizer)
+    how = Dynamic.of_bits(asked.activations, asked.kv, asked.kv_group, asked.mix_keys)
+    if how.figures() and (asked.tokens_per_second or any(subject.onnx is not None for subject in subjects)):
+        events.emit("note", text="Speeds and exports are without quantized activations, keys and values.")
     figures: dict[str, dict[str, Any]] = {}
     with events.stage("evaluate", len(subjects)):
         for index, subject in enumerate(subjects, 1):
             model = load_model(subject.model, device=device, trust_remote_code=trust_remote_code)
-            samples = asked.samples if index == len(subjects) else 0
-            figures[subject.name] = _measure(subject, model, reference, asked, scratch, trust_remote_code, samples)
+            is_last = index == len(subjects)
+            figures[subject.name] = _measure(
+                subject,
+                model,
+                reference,
+                asked,
+                how if is_last or not _is_reference(subject, asked) else Dynamic(),
+                scratch,
+                trust_remote_code,
+                asked.samples if is_last else 0,
+            )
             shown = {k: v for k, v in figures[subject.name].items() if k in ("perplexity", "kl_divergence", "cosine")}
             events.emit(
                 "step",
@@ -84,6 +101,7 @@ def _measure(
     model: PreTrainedModel,
     reference: PreTrainedModel | None,
     asked: EvaluateRecipe,
+    how: Dynamic,
     scratch: Path,
     trust_remote_code: bool,
     samples: int,
@@ -92,13 +110,25 @@ def _measure(
     tokenizer = load_tokenizer(folder, trust_remote_code)
     figures: dict[str, Any] = asdict(model_size(folder, trust_remote_code))
     figures |= evaluate(
-        model, data=asked.data, reference=reference, context=asked.context, limit=asked.limit, tokenizer=tokenizer
+        model,
+        data=asked.data,
+        reference=reference,
+        context=asked.context,
+        limit=asked.limit,
+        tokenizer=tokenizer,
+        running=partial(dynamic_quantization, how=how),
     )
+    figures |= how.figures()
     if asked.tokens_per_second:
         figures |= _speeds(subject, model, scratch, trust_remote_code)
     if samples:
-        figures["samples"] = write_samples(model, tokenizer, asked.data, samples)
+        with dynamic_quantization(model, how):
+            figures["samples"] = write_samples(model, tokenizer, asked.data, samples)
     return figures
+
+
+def _is_reference(subject: Subject, asked: EvaluateRecipe) -> bool:
+    return asked.reference is not None and resolve_model(subject.model) == resolve_model(asked.reference)
 
 
 def _speeds(subject: Subject, model: PreTrainedModel, scratch: Path, trust_remote_code: bool) -> dict[str, Any]:

@@ -39,21 +39,16 @@ def mix_moment(moment: Tensor, signs: Tensor) -> Tensor:
     of the inputs on both sides. Use float64: the result is as exact as M's type.
     """
     moment = moment.contiguous()
-    map_rows(moment, mix, signs, moment)
-    map_rows(moment.t(), mix, signs, moment.t())
+    map_rows(moment, lambda rows: mix(rows, signs), moment)
+    map_rows(moment.t(), lambda rows: mix(rows, signs), moment.t())
     return moment
 
 
-def map_rows(x: Tensor, mixer: Mixer, signs: Tensor, out: Tensor, gain: Tensor | None = None) -> Tensor:
-    """`out` [R, n] = mixer(x [R, n] * gain [n], signs), in float64 and chunks of rows; `out` may be x. With signs
-    [g, n / g] each of the g parts of a row is mixed by itself."""
+def map_rows(x: Tensor, function: Callable[[Tensor], Tensor], out: Tensor) -> Tensor:
+    """`out` [R, n] = function(x [R, n]), a function of single rows, in float64 and chunks of rows; `out` may be x."""
     step = max(1, CHUNK_WEIGHTS // max(x.shape[1], 1))
     for start in range(0, x.shape[0], step):
-        chunk = x[start : start + step].double()
-        if gain is not None:
-            chunk = chunk * gain
-        mixed = mixer(chunk.reshape(chunk.shape[0], *signs.shape), signs)
-        out[start : start + step] = mixed.reshape(chunk.shape).to(out.dtype)
+        out[start : start + step] = function(x[start : start + step].double()).to(out.dtype)
     return out
 
 
@@ -61,8 +56,9 @@ def _both_sides(weight: Tensor, signs: Signs, mixer: Mixer, dtype: torch.dtype) 
     with torch.no_grad():
         between = torch.promote_types(dtype, torch.float32)
         result = weight.detach().to(between, copy=True)
-        if signs.input is not None:
-            map_rows(weight.detach(), mixer, signs.input, result)
-        if signs.output is not None:
-            map_rows(result.t(), mixer, signs.output, result.t())
+        inputs, outputs = signs.input, signs.output
+        if inputs is not None:
+            map_rows(weight.detach(), lambda rows: mixer(rows, inputs), result)
+        if outputs is not None:
+            map_rows(result.t(), lambda rows: mixer(rows, outputs), result.t())
         return result.to(dtype)

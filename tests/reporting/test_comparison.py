@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import safe_open
@@ -12,6 +13,7 @@ from compress.evaluation.evaluate import evaluate
 from compress.events import Event, Events
 from compress.recipe import EvaluateRecipe
 from compress.reporting.comparison import Subject, compare
+from compress.reporting.evaluate import evaluate as quantized
 from tests.tiny_models import write_llama, write_text
 
 
@@ -45,3 +47,31 @@ def test_columns_hold_sizes_figures_and_samples(tmp_path: Path) -> None:
     assert [len(figures[name].get("samples", [])) for name in names] == [0, 0, 2]
     assert all(sample["prompt"] for sample in figures["packed"]["samples"])
     assert [event.data["name"] for event in seen if event.kind == "step"] == list(names)
+
+
+def test_every_model_but_the_reference_is_quantized(tmp_path: Path) -> None:
+    text = write_text(tmp_path)
+    small, big = write_llama(tmp_path / "small", text), write_llama(tmp_path / "big", text, hidden=64, seed=1)
+    asked = EvaluateRecipe(
+        data=[f"text:{text}"], context=16, limit=256, reference=str(big), activations=3, kv=2, mix_keys=False, samples=1
+    )
+    seen: list[Event] = []
+
+    def figures(**folders: Path) -> dict[str, dict[str, Any]]:
+        subjects = [Subject(name, str(folder)) for name, folder in folders.items()]
+        return compare(subjects, asked, scratch=tmp_path / "scratch", events=Events([seen.append]))
+
+    found = figures(big=big, small=small)
+    same: dict[str, Any] = {"data": f"text:{text}", "context": 16, "limit": 256, "reference": str(big)}
+    plain = evaluate(str(big), **same)
+    want = quantized(str(small), **same, activations=3, kv=2, mix_keys=False)
+    assert {name: found["big"][name] for name in plain} == plain and "activations" not in found["big"]
+    assert {name: found["small"][name] for name in want} == want and found["small"]["kv"] == 2
+    itself = figures(small=small, big=big)["big"]
+    assert itself["activations"] == 3 and itself["kl_divergence"] > 0
+    assert not [event for event in seen if event.kind == "note"]
+    onnx = [Subject("small", str(small), tmp_path / "onnx")]
+    compare(onnx, asked, scratch=tmp_path / "scratch", events=Events([seen.append]))
+    assert [event.data["text"] for event in seen if event.kind == "note"] == [
+        "Speeds and exports are without quantized activations, keys and values."
+    ]

@@ -13,6 +13,7 @@ import transformers
 
 from compress.modeling.sites import Sites, find_sites
 from compress.modeling.structure import matrices
+from compress.transforms.basis import Basis, hadamard_basis
 from compress.transforms.fold import Fold, fold_model, make_fold
 from compress.transforms.incoherence import online_mixing
 from tests import families
@@ -41,7 +42,7 @@ def name_of(case: tuple[str, str, dict[str, Any]]) -> str:
 
 def folded(model: Any, sites: Sites, seed: int = 0) -> Any:
     model = copy.deepcopy(model)
-    fold_model(model, make_fold(sites, seed, model.get_parameter))
+    fold_model(model, make_fold(hadamard_basis(sites, seed), model.get_parameter))
     return model
 
 
@@ -66,7 +67,7 @@ def test_folded_model_has_the_same_logits(case: tuple[str, str, dict[str, Any]])
 
 def test_gains_become_one_and_the_tied_head_its_own() -> None:
     model = double("LlamaForCausalLM", "llama", tie_word_embeddings=True)
-    fold = make_fold(find_sites(model), 0, model.get_parameter)
+    fold = make_fold(hadamard_basis(find_sites(model), 0), model.get_parameter)
     assert fold.added == {"lm_head.weight": "model.embed_tokens.weight"}
     assert fold.config_changes == {"tie_word_embeddings": False}
     fold_model(model, fold)
@@ -81,7 +82,7 @@ def test_gains_become_one_and_the_tied_head_its_own() -> None:
 def test_equal_gains_leave_the_head_tied(gain: float) -> None:
     model = double("LlamaForCausalLM", "llama", tie_word_embeddings=True)
     model.model.norm.weight.data.fill_(gain)
-    fold = make_fold(find_sites(model), 0, model.get_parameter)
+    fold = make_fold(hadamard_basis(find_sites(model), 0), model.get_parameter)
     assert not fold.added and not fold.config_changes
     expected = exact_logits(model)
     fold_model(model, fold)
@@ -100,7 +101,7 @@ def test_tensor_by_tensor_is_the_model_in_memory(tied: bool) -> None:
         asked.append(name)
         return original[name]
 
-    fold = make_fold(find_sites(model), 3, read)
+    fold = make_fold(hadamard_basis(find_sites(model), 3), read)
     assert len(asked) == int(tied)
     streamed = {}
     for name in (*original, *fold.added):
@@ -123,7 +124,7 @@ def test_folded_model_saved_and_loaded(tmp_path: Path) -> None:
     """Without the help of this package: an ordinary checkpoint, also when the head was untied."""
     model = families.llama(tie_word_embeddings=True)
     expected = families.logits(model, families.token_ids())
-    fold_model(model, make_fold(find_sites(model), 0, model.get_parameter))
+    fold_model(model, make_fold(hadamard_basis(find_sites(model), 0), model.get_parameter))
     model.save_pretrained(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert_same(families.logits(again, families.token_ids()), expected, 1e-5)
@@ -133,16 +134,16 @@ def test_seeds_and_nothing_to_fold() -> None:
     model = families.llama()
     sites = find_sites(model)
     name = "model.embed_tokens.weight"
-    first, again, other = (Fold(sites, seed).tensor(name, model.get_parameter) for seed in (0, 0, 1))
+    first, again, other = (Fold(hadamard_basis(sites, seed)).tensor(name, model.get_parameter) for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
-    assert Fold(Sites()).tensor(name, model.get_parameter) is model.get_parameter(name)
+    assert Fold(Basis()).tensor(name, model.get_parameter) is model.get_parameter(name)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_precision_of_a_low_precision_checkpoint(dtype: torch.dtype) -> None:
     """A folded tensor in float32 differs from the float64 one by roundings to float32 alone."""
     model = families.llama().to(dtype)
-    fold = Fold(find_sites(model))
+    fold = Fold(hadamard_basis(find_sites(model), 0))
     for name, parameter in model.named_parameters():
         if fold.changes(name):
             exact = fold.tensor(name, lambda name: model.get_parameter(name).detach().double())

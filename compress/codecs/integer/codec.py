@@ -97,6 +97,16 @@ class IntegerCodec(Codec):
         """`gain` and `search` are for groups that are rounded as a whole; these are single columns."""
         return IntegerRounding(shape, spec, device)
 
+    def spread(self, weight: Tensor) -> Tensor:
+        """The range of each group, in which its grid is laid."""
+        size = self.config.columns(weight.shape[1])
+        groups = _cut(weight, size, self.config.groups(weight.shape[1]))
+        if self.config.symmetric:
+            ranges = groups.abs().amax(2)
+        else:
+            ranges = groups.amax(2).clamp(min=0) - groups.amin(2).clamp(max=0)
+        return ranges.repeat_interleave(size, 1)[:, : weight.shape[1]]
+
     def integers(self, matrix: QuantizedMatrix) -> tuple[Tensor, Tensor]:
         config, (rows, columns) = config_of(matrix.spec), matrix.shape
         size, groups = config.columns(columns), config.groups(columns)
