@@ -84,7 +84,7 @@ def main() -> None:
             if options.out is not None:
                 write(options.out, rows)
     if peers is not None:
-        print("\n".join(beside_peers(rows, peers)))
+        print("\n".join(beside_peers(rows, peers)) or "No peer on the same rows and windows has as many bits.")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import compress
 
 from .look import evaluate, inspect, list_
 from .planning import plan
-from .work import distill, export, quantize, run
+from .work import distill, export, quantize, run, transform
 
 
 class Commands(click.Group):
@@ -35,7 +35,7 @@ def main() -> None:
     """
 
 
-for command in (plan, run, distill, quantize, evaluate, export, inspect, list_):
+for command in (plan, run, distill, transform, quantize, evaluate, export, inspect, list_):
     main.add_command(command)
 
 if __name__ == "__main__":

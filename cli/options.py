@@ -57,15 +57,36 @@ run_options = stack(
 
 seed_option = shown("--seed", 0, "Seed of everything random.", int)
 
-quantize_options = stack(
-    click.argument("model", metavar="M"),
-    click.option("--bits", type=float, required=True, help="Bits per weight, everything stored counted."),
-    shown("--codec", "half_pyramid", "How a matrix becomes bits.", metavar="NAME[:k=v,...]"),
+calibration_options = stack(
     click.option(
         "--data", metavar="D", multiple=True, help="Text for calibration; several are chained. None: data-free."
     ),
     shown("--rows", 128, "Rows of calibration data.", int),
     click.option("--context", type=int, default=None, help="Tokens of a row.  [default: 256, or what the model takes]"),
+)
+
+place_options = stack(
+    seed_option,
+    device_option,
+    shown("--max-shard-bytes", 5_000_000_000, "Size at which a new weight file is begun.", int),
+    trust_option,
+)
+
+transform_options = stack(
+    click.argument("model", metavar="M"),
+    shown("--transform", "ost", "What is folded: hadamard, or ost, which is learned.", metavar="NAME[:k=v,...]"),
+    calibration_options,
+    click.option("--bits", type=float, help="Bits per weight to learn for.  [default: matrices are not rounded]"),
+    shown("--codec", "integer", "How matrices are rounded while it is learned.", metavar="NAME[:k=v,...]"),
+    shown("--dtype", "stored", "Of the weights that are written.", click.Choice(["stored", "float32"])),
+    place_options,
+)
+
+quantize_options = stack(
+    click.argument("model", metavar="M"),
+    click.option("--bits", type=float, required=True, help="Bits per weight, everything stored counted."),
+    shown("--codec", "half_pyramid", "How a matrix becomes bits.", metavar="NAME[:k=v,...]"),
+    calibration_options,
     click.option(
         "--rounding",
         metavar="NAME[:k=v,...]",
@@ -80,10 +101,7 @@ quantize_options = stack(
         metavar="NAME[:k=v,...]",
     ),
     shown("--memory", "2GB", "Hidden states kept in memory; the rest on disk.", metavar="SIZE"),
-    seed_option,
-    device_option,
-    shown("--max-shard-bytes", 5_000_000_000, "Size at which a new weight file is begun.", int),
-    trust_option,
+    place_options,
 )
 
 distill_options = stack(
@@ -122,11 +140,12 @@ distill_options = stack(
 )
 
 
-def recipe_of(part: Literal["distill", "quantize"], options: Mapping[str, Any]) -> Recipe:
+def recipe_of(part: Literal["distill", "transform", "quantize"], options: Mapping[str, Any]) -> Recipe:
     """The recipe of one stage from the options that were given. Raises `RecipeError`."""
-    from compress.recipe import DistillRecipe, QuantizeRecipe, make_recipe
+    from compress.recipe import DistillRecipe, QuantizeRecipe, TransformRecipe, make_recipe
 
-    fields = DistillRecipe.model_fields if part == "distill" else QuantizeRecipe.model_fields
+    parts: dict[str, type[Any]] = {"distill": DistillRecipe, "transform": TransformRecipe, "quantize": QuantizeRecipe}
+    fields = parts[part].model_fields
     names = {"student": "model"}
     given = {
         names.get(name, name): list(value) if isinstance(value, tuple) else value

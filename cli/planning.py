@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .guard import Guarded
-from .options import distill_options, json_option, quantize_options, recipe_of, stack
+from .options import distill_options, json_option, quantize_options, recipe_of, stack, transform_options
 
 if TYPE_CHECKING:
     from compress.recipe import Recipe
@@ -41,6 +41,7 @@ def plan() -> None:
     \b
     compress plan RECIPE [--set a.b=value ...] [--json]
     compress plan quantize M --bits 3.25 [the options of compress quantize] [--json]
+    compress plan transform M --data D [the options of compress transform] [--json]
     compress plan distill --teacher M --student M [the options of compress distill] [--json]
 
     The words quantize and distill may be left out when their options are there.
@@ -74,6 +75,15 @@ def plan_recipe(recipe: str, overrides: tuple[str, ...], as_json: bool, verbose:
 def plan_quantize(as_json: bool, verbose: bool, **options: Any) -> None:
     """Plan a quantization: every matrix with its bits, and the size of the result."""
     _show(recipe_of("quantize", options), as_json)
+
+
+@plan.command("transform", cls=Guarded, short_help="Plan a transform.")
+@transform_options
+@out_option
+@look_options
+def plan_transform(as_json: bool, verbose: bool, **options: Any) -> None:
+    """Plan a transform: what is learned, what cannot be folded, memory."""
+    _show(recipe_of("transform", options), as_json)
 
 
 @plan.command("distill", cls=Guarded, short_help="Plan a distillation.")

@@ -1,4 +1,4 @@
-"""The commands that work: run, distill, quantize, export. Each makes a recipe and carries it out."""
+"""The commands that work: run, distill, transform, quantize, export. Each makes a recipe and carries it out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .guard import Guarded
-from .options import distill_options, quantize_options, recipe_of, run_options, trust_option
+from .options import (
+    distill_options,
+    quantize_options,
+    recipe_of,
+    run_options,
+    transform_options,
+    trust_option,
+)
 
 if TYPE_CHECKING:
     from compress.recipe import Recipe
@@ -56,6 +63,16 @@ def run(recipe: str, overrides: tuple[str, ...], work: str | None, **how: Any) -
 def distill(restart: bool, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
     """Train a student to be like a teacher."""
     recipe = recipe_of("distill", options)
+    carry_out(recipe, restart=restart, as_json=as_json, quiet=quiet, verbose=verbose)
+
+
+@click.command(cls=Guarded, short_help="Fold a change of basis into a model's weights.")
+@transform_options
+@out_option
+@run_options
+def transform(restart: bool, as_json: bool, quiet: bool, verbose: bool, **options: Any) -> None:
+    """Write model M in another basis, easier to quantize: the same function, an ordinary checkpoint for any tool."""
+    recipe = recipe_of("transform", options)
     carry_out(recipe, restart=restart, as_json=as_json, quiet=quiet, verbose=verbose)
 
 

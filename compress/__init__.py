@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from compress import hook
 
 if TYPE_CHECKING:
-    from compress.reporting.evaluate import evaluate
     from compress.exporters import export
     from compress.modeling.loading import load_model as load
     from compress.pipeline import run
     from compress.quantization.api import quantize
     from compress.recipe import Recipe
+    from compress.reporting.evaluate import evaluate
     from compress.verbs import distill
 
 __version__ = "0.1.0"

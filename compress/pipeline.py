@@ -19,6 +19,7 @@ from compress.errors import UsageError, WorkspaceError
 from compress.events import Events
 from compress.modeling.resolve import resolve_model
 from compress.plan import Plan, StagePlan, arguments, make_plan
+from compress.plan.places import INSIDE
 from compress.recipe import Recipe, load_recipe
 from compress.storage import check_free, discard_replaced, discard_staged, reserve, seal, stage_beside, write_json
 from compress.workspace import Workspace
@@ -230,6 +231,44 @@ def _quantize(task: Task) -> dict[str, Any]:
     )
 
 
+def _transform(task: Task) -> dict[str, Any]:
+    from compress.codecs import codec
+    from compress.modeling.loading import load_config, skeleton
+    from compress.modeling.structure import matrices
+    from compress.quantization.allocation import uniform
+    from compress.quantization.checkpoint import transform_checkpoint
+    from compress.quantization.options import Nearest
+    from compress.quantization.rounders import CalibrationOptions
+    from compress.quantization.transforms import Hadamard, Ost, transform_of
+
+    asked, recipe = task.recipe.transform, task.recipe
+    assert asked is not None
+    transform = transform_of(asked.transform.name, asked.transform.options)
+    assert isinstance(transform, (Hadamard, Ost))
+    source, method = resolve_model(task.source), codec(asked.codec.name, **asked.codec.options)
+    views = matrices(skeleton(load_config(source, recipe.trust_remote_code), recipe.trust_remote_code))
+    if isinstance(transform, Ost) and asked.bits is None:
+        transform = replace(transform, weights=False)
+    calibration = None
+    if asked.data is not None:
+        calibration = CalibrationOptions(
+            asked.data, Nearest(), asked.rows, asked.context, recipe.seed, device=recipe.device
+        )
+    return transform_checkpoint(
+        source,
+        task.out,
+        transform,
+        task.workspace,
+        codec=method,
+        specs=uniform(views, method, asked.bits) if asked.bits is not None else {},
+        calibration=calibration,
+        seed=recipe.seed,
+        dtype=asked.dtype,
+        max_shard_bytes=asked.max_shard_bytes,
+        trust_remote_code=recipe.trust_remote_code,
+    )
+
+
 def _export(task: Task) -> dict[str, Any]:
     from compress.exporters import build_onnx
     from compress.modeling.loading import load_model
@@ -275,7 +314,7 @@ def _subjects(task: Task) -> list[Subject]:
     made = {stage.name: stage.out for stage in task.plan.stages if stage.out is not None}
     compared = [model for model in asked.compare if model != task.source]
     columns = {model: model for model in compared}
-    for stage, name in (("distill", "distilled"), ("quantize", "quantized")):
+    for stage, name in INSIDE.items():
         if stage in made:
             columns[f"{name} (result)" if name in compared else name] = made[stage]
     if task.source not in columns.values():
@@ -289,6 +328,7 @@ def _subjects(task: Task) -> list[Subject]:
 
 HANDLERS: Mapping[str, Handler] = {
     "distill": Handler(lambda stage: "distill", _distill),
+    "transform": Handler(lambda stage: "transform/checkpoint", _transform),
     "quantize": Handler(lambda stage: "quantize/artifact", _quantize),
     "export": Handler(lambda stage: stage.name, _export),
     "evaluate": Handler(lambda stage: stage.name, _evaluate),

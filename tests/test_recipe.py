@@ -115,7 +115,7 @@ def test_method_text_that_is_none(text: str) -> None:
         (change("model: builtin:student\n", ""), r"exactly one of `model` and `distill\.student`"),
         ("- 1\n", r"a recipe is a mapping"),
         ("", r"a recipe is a mapping"),
-        ("model: m\nout: o\n", r"at least one of distill, quantize, export, evaluate"),
+        ("model: m\nout: o\n", r"at least one of distill, transform, quantize, export, evaluate"),
         (change("  - to: onnx", "  - to: onnx\n  - to: onnx"), r"names a format twice"),
         ("model: &a [*a]\nout: o\n", r":1: an alias refers to this"),
         ("model: m\nout: &a [x]\nwork: *a\n", r":2: an alias refers to this"),

@@ -343,7 +343,7 @@ class Codec(Protocol):
     def spread(self, weight: Tensor) -> Tensor:
         """What the errors of rounding W [o, n] are in proportion to, as a function that autograd follows and that
         broadcasts to [o, n]: the root mean square of each row, by which scales are chosen."""
-        return weight.square().mean(1, keepdim=True).sqrt()
+        return torch.linalg.vector_norm(weight, dim=1, keepdim=True) / weight.shape[1] ** 0.5
 
     def integers(self, matrix: QuantizedMatrix) -> tuple[Tensor, Tensor]:
         """See `QuantizedMatrix.integers`."""

@@ -6,8 +6,9 @@ width, and the sizes that follow. Wrong names, missing models and data, and budg
 found here, before hours of work.
 """
 
-from compress.plan.plan import Plan, StagePlan, make_plan
+from compress.plan.plan import Plan, make_plan
 from compress.plan.quantize import MatrixPlan, QuantizationPlan
+from compress.plan.stage import StagePlan
 from compress.plan.stamps import arguments
 
 __all__ = ["MatrixPlan", "Plan", "QuantizationPlan", "StagePlan", "arguments", "make_plan"]

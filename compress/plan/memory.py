@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from compress.plan.quantize import MatrixPlan
+    from compress.quantization.transforms import Ost
     from compress.recipe import QuantizeRecipe
 
 FLOAT, DOUBLE = 4, 8
@@ -35,6 +36,9 @@ FACTORS = 2.5
 """Float64 matrices of the widest input at once when it is factorized: the sums, the factor, and its float32 form."""
 BATCH_COPIES = 4
 """Of a batch's widest activations on their way through a block."""
+WEIGHT_FORMS, ACTIVATION_FORMS, LOGIT_FORMS = 8, 3, 6
+"""Of a block's weights while a transform is learned (gain, rotation, mixing, rounding, and their gradients), of its
+inputs and outputs, and of the logits of two models with the gradient of one."""
 LIBRARIES = 200_000_000
 """What tokenizer, threads and the first call of everything take: measured 180 to 220 MB."""
 
@@ -45,6 +49,19 @@ def nearest_memory(rows: Sequence[MatrixPlan]) -> int:
     for row in rows:
         payloads[row.block] = payloads.get(row.block, 0) + row.bytes
     return max(payloads.values()) + FLOAT * WORKING_COPIES * max(row.shape[0] * row.shape[1] for row in rows)
+
+
+def learning_memory(model: PreTrainedModel, views: Sequence[MatrixView], transform: Ost, context: int | None) -> int:
+    """Of learning a transform: the whole model in float32, hidden states between the blocks, and the larger of two
+    moments: a block runs, with its weights in several forms and its activations; or logits are compared."""
+    blocks = [FLOAT * parameter_count(block) for _, block in find_blocks(model)]
+    config = model.config.get_text_config()
+    tokens = transform.batch * row_length(model, context)
+    between = FLOAT * tokens * int(config.hidden_size) * len(blocks)
+    widths = sum(sum(view.shape) for view in views if view.block == 0)
+    block = WEIGHT_FORMS * max(blocks) + ACTIVATION_FORMS * FLOAT * tokens * widths
+    logits = LOGIT_FORMS * FLOAT * tokens * int(config.vocab_size)
+    return FLOAT * parameter_count(model) + between + max(block, logits) + LIBRARIES
 
 
 def calibrated_memory(

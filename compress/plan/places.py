@@ -11,7 +11,7 @@ from compress.errors import UsageError
 if TYPE_CHECKING:
     from compress.recipe import Recipe
 
-INSIDE = {"distill": "distilled", "quantize": "quantized"}
+INSIDE = {"distill": "distilled", "transform": "transformed", "quantize": "quantized"}
 """Folders inside `out` where they are not called as the stage is."""
 
 

@@ -21,26 +21,15 @@ from compress.ops import backend
 from compress.plan.checks import check_machine, check_models
 from compress.plan.places import Places, places_of
 from compress.plan.quantize import QuantizationPlan, plan_quantization
+from compress.plan.stage import StagePlan
 from compress.plan.subject import Subject, read_subjects, subject_of
+from compress.plan.transform import plan_transform
 
 if TYPE_CHECKING:
     from compress.recipe import DistillRecipe, EvaluateRecipe, QuantizeRecipe, Recipe
 
 BYTES_PER_TRAINED_PARAMETER = 16
 BYTES_PER_ACTIVATION = 68
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """One stage: what it reads (None: random weights), where its result appears (None: in the report alone), what it
-    will do, and an estimate of its memory in bytes, the program itself left out."""
-
-    name: str
-    source: str | None
-    out: str | None
-    text: str
-    memory_bytes: int | None = None
-    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -113,6 +102,8 @@ def _stages(
         out = None if place is None else str(place)
         if recipe.distill is not None and name == "distill":
             yield _distill(recipe.distill, source, subject, subjects.get(recipe.distill.teacher or ""), out)
+        elif recipe.transform is not None and name == "transform":
+            yield plan_transform(recipe.transform, subject, source, out)
         elif quantization is not None and name == "quantize":
             yield _quantize(quantization, source, out, recipe.device)
         elif recipe.evaluate is not None and name == "evaluate":
@@ -121,7 +112,7 @@ def _stages(
             to = name.partition(":")[2]
             notes = (*_rounding(quantization), *_on_the_cpu(recipe.device))
             yield StagePlan(name, source, out, f"write {source} as {to}", notes=notes)
-        if name in ("distill", "quantize"):
+        if name in ("distill", "transform", "quantize"):
             source = out
 
 

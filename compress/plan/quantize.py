@@ -14,12 +14,13 @@ from compress.codecs import codec
 from compress.codecs.base import CodecSpec
 from compress.codecs.registry import codec_of
 from compress.modeling.structure import MatrixView, matrices, require_linear
-from compress.plan.memory import calibrated_memory, nearest_memory
+from compress.plan.memory import calibrated_memory, learning_memory, nearest_memory
 from compress.plan.subject import Subject
+from compress.plan.transform import fold_notes, learned_text
 from compress.quantization.allocation import uniform
 from compress.quantization.options import Ldlq, rounding_of
 from compress.quantization.target import Change, open_target, predict, transformed
-from compress.quantization.transforms import chosen_transform, transform_of
+from compress.quantization.transforms import Ost, Transform, chosen_transform, transform_of
 from compress.transforms.incoherence import online_cost
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def plan_quantization(
         target = open_target(subject.checkpoint.folder, trust_remote_code, transform)
         change = Change(target.fold, target.mixing, target.transform)
     else:
-        change = transformed(subject.model, views, transform, 0, subject.model.get_parameter)
+        change = transformed(subject.model, views, transform, 0, subject.read)
     mixing = change.mixing
     specs = uniform(views, method, recipe.bits, mixing)
     rows = tuple(_row(view, specs[view.name]) for view in views)
@@ -89,6 +90,8 @@ def plan_quantization(
     memory = nearest_memory(rows)
     if isinstance(options, Ldlq):
         memory = calibrated_memory(subject.model, views, rows, recipe, options)
+    if isinstance(transform, Ost):
+        memory = max(memory, learning_memory(subject.model, views, transform, recipe.context))
     return QuantizationPlan(
         bits_target=recipe.bits,
         bits_per_weight=sum(row.bytes for row in rows) * 8 / weights,
@@ -100,7 +103,7 @@ def plan_quantization(
         codec=str(recipe.codec),
         transform=change.text,
         containers=() if set(mixing.values()) != {"none"} else method.containers(specs[views[0].name]),
-        notes=tuple(_notes(recipe, subject, views, change)),
+        notes=tuple(_notes(recipe, subject, views, transform, change)),
         matrices=rows,
     )
 
@@ -120,16 +123,17 @@ def _row(view: MatrixView, spec: CodecSpec) -> MatrixPlan:
     )
 
 
-def _notes(recipe: QuantizeRecipe, subject: Subject, views: Sequence[MatrixView], change: Change) -> Iterator[str]:
+def _notes(
+    recipe: QuantizeRecipe, subject: Subject, views: Sequence[MatrixView], transform: Transform, change: Change
+) -> Iterator[str]:
     if recipe.data is None:
         yield "data-free: no text is used, every weight counts the same"
+    if isinstance(transform, Ost):
+        yield learned_text(subject, transform)
     online = sum(word != "none" for word in change.mixing.values())
     if online:
         yield (
             f"{change.text.partition(':')[0]}: {online} of {len(views)} matrices are mixed at run time, "
             f"{100 * online_cost(views, change.mixing).relative:.1f} % more multiply-adds a token in the blocks"
         )
-    yield from (f"not folded: {reason}" for reason in change.fold.reasons)
-    for name, like in change.fold.added.items():
-        size = subject.model.get_parameter(like).numel() * subject.model.dtype.itemsize
-        yield f"the head is untied from the embedding: '{name}' adds {size:,} bytes"
+    yield from fold_notes(subject, change)

@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
 from compress.modeling.io import Checkpoint
 from compress.modeling.loading import config_from_file, load_config, parameter_count, positions_of, skeleton
+from compress.modeling.names import stored_names
 from compress.modeling.resolve import resolve_model
 
 if TYPE_CHECKING:
@@ -49,6 +53,14 @@ class Subject:
         if self.checkpoint is not None:
             return self.checkpoint.total_bytes
         return self.parameters * self.model.dtype.itemsize
+
+    def read(self, parameter: str) -> Tensor:
+        """An original parameter. Those of a model that is yet to be trained count as vectors without two equal numbers:
+        nothing is to be hoped from them."""
+        shape = self.model.get_parameter(parameter).shape
+        if self.checkpoint is None:
+            return torch.arange(shape.numel(), dtype=torch.float32).view(shape)
+        return self.checkpoint.read(stored_names(self.checkpoint.names(), self.model)[parameter])
 
 
 def read_subjects(recipe: Recipe, made: Collection[str]) -> dict[str, Subject]:

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from compress.workspace import Workspace
 
 SAVE_EVERY = 10
-UNIT, STATE = "quantize/transform", "quantize/transform.state"
+UNIT, STATE = "transform/learned", "transform/state"
 STAGE = "learn"
 
 

@@ -68,11 +68,11 @@ def quantize_checkpoint(
     if finished is not None:
         report: dict[str, Any] = finished["report"]
         return report
-    _check_outside(source, out, workspace)
+    check_outside(source, out, workspace)
     check_free(out, workspace.overwrite)
     target = open_target(source, trust_remote_code, transform, seed)
     _check_specs(target, specs)
-    _check_finite(target, workspace)
+    check_finite(target, workspace)
     blocks = by_block(target.views)
     how: dict[str, Any] = {"transform": target.transform}
     if isinstance(transform, Ost):
@@ -182,7 +182,7 @@ def _report(
     }
 
 
-def _check_finite(target: Target, workspace: Workspace) -> None:
+def check_finite(target: Target, workspace: Workspace) -> None:
     """Read every parameter once before the work begins: a NaN should not be found after hours of it."""
     unit = f"{STAGE}/checked"
     if workspace.done(unit) is None:
@@ -192,7 +192,7 @@ def _check_finite(target: Target, workspace: Workspace) -> None:
         workspace.commit(unit, [], {})
 
 
-def _check_outside(source: Path, out: Path, workspace: Workspace) -> None:
+def check_outside(source: Path, out: Path, workspace: Workspace) -> None:
     """Refuse to write into the model that is being read: a result would lie in what it was made from."""
     model = source.resolve()
     for option, folder in (("--out", out), ("--work", workspace.folder)):

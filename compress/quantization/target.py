@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from compress.codecs.base import CodecSpec
 from compress.codecs.registry import codec_of
 from compress.errors import ModelError
 from compress.modeling.io import Checkpoint
-from compress.modeling.layout import Entry, plan_shards
+from compress.modeling.layout import DTYPES, Entry, plan_shards
 from compress.modeling.loading import load_config, parameter_count, require_unquantized, skeleton
 from compress.modeling.names import stored_names
 from compress.modeling.scalings import Scalings
@@ -196,19 +197,21 @@ def untouched(model: nn.Module, views: list[MatrixView]) -> tuple[str, ...]:
     )
 
 
-def entries(target: Target, specs: Mapping[str, CodecSpec]) -> list[Entry]:
-    """Every tensor of the artifact, in the model's order: payloads for the target set, the rest as stored."""
-    packed = {view.parameter: _bits(specs[view.name], view) // 8 for view in target.views}
+def entries(
+    target: Target, specs: Mapping[str, CodecSpec], dtype: Literal["stored", "float32"] = "stored"
+) -> list[Entry]:
+    """Every tensor of the result, in the model's order: payloads for the matrices that have a spec, the rest in
+    `dtype`."""
+    packed = {view.parameter: _bits(specs[view.name], view) // 8 for view in target.views if view.name in specs}
     planned = []
-    for name, stored in target.stored.items():
+    added = {new: target.stored[old] for new, old in target.fold.added.items()}
+    for name, stored in {**target.stored, **added}.items():
         info = target.checkpoint.info(stored)
         if name in packed:
             planned.append(Entry(name, "I8", (packed[name],)))
         else:
-            planned.append(Entry(name, info.dtype, info.shape))
-    for name, like in target.fold.added.items():
-        info = target.checkpoint.info(target.stored[like])
-        planned.append(Entry(name, info.dtype, info.shape))
+            wide = dtype == "float32" and DTYPES[info.dtype].is_floating_point
+            planned.append(Entry(name, "F32" if wide else info.dtype, info.shape))
     return planned
 
 

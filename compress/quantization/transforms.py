@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -43,8 +44,9 @@ class Ost:
     folded is mixed at run time, as in `Hadamard`.
 
     steps: of the optimisation. batch: calibration rows of a step. k, tail: KL-Top's classes, and what becomes of the
-    others (`compress.losses.TopKKL`). optimizer: of the rotations, Riemannian "adam" or "cayley" SGD. rotation_rate,
-    scale_rate: their peaks, in radians and in logarithms. start: of the rotations. residual, values: which rotations
+    others (`compress.losses.TopKKL`). optimizer: of the rotations, Riemannian "adam" or "cayley" SGD. rotation_rate:
+    its peak, about the radians by which adam turns a plane in a step; that of cayley multiplies the gradient, and 10 is
+    about right. scale_rate: of the logarithms of scales. start: of the rotations. residual, values: which rotations
     are learned; norms, value_scales, gates, queries: which scalings. weights: matrices are rounded in the loop.
     activations, kv: their bits in the loop, 16 for none; kv_group: channels of a group of keys or values, 0 for a head.
     online: what cannot be folded is mixed at run time.
@@ -56,7 +58,7 @@ class Ost:
     k: int = 1000
     tail: Tail = "residual"
     optimizer: Literal["adam", "cayley"] = "adam"
-    rotation_rate: float = 0.003
+    rotation_rate: float = 0.01
     scale_rate: float = 0.01
     start: Start = "hadamard"
     residual: bool = True
@@ -78,9 +80,10 @@ class Ost:
                 f"ost has {self.steps} steps, {self.batch} rows a step and k = {self.k}.",
                 remedy="Each is at least 1.",
             )
-        if not (0 <= self.rotation_rate <= 1 and 0 <= self.scale_rate <= 1):
+        if not (0 <= self.rotation_rate < math.inf and 0 <= self.scale_rate <= 1):
             raise UsageError(
-                f"ost has rates {self.rotation_rate} and {self.scale_rate}.", remedy="They lie between 0 and 1."
+                f"ost has the rates {self.rotation_rate} and {self.scale_rate}.",
+                remedy="Take at least 0, and at most 1 for scale_rate.",
             )
         if not self.parts:
             raise UsageError("ost has nothing to learn.", remedy=f"Leave one of {', '.join(PARTS)} true.")

@@ -9,6 +9,7 @@ from compress.recipe.schema import (
     QuantizeRecipe,
     Recipe,
     StudentRecipe,
+    TransformRecipe,
     flatten,
 )
 
@@ -20,6 +21,7 @@ __all__ = [
     "QuantizeRecipe",
     "Recipe",
     "StudentRecipe",
+    "TransformRecipe",
     "allowed_text",
     "flatten",
     "load_recipe",

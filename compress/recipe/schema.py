@@ -2,7 +2,7 @@
 
 Paths are relative to the folder that the command runs in; only `distill.student.config`, which belongs to the recipe,
 is in a recipe file relative to that file's folder. A recipe of one stage writes its result to `out` itself; one
-of several writes `out/distilled`, `out/quantized`, `out/<format>`, and `out/report.json`.
+of several writes `out/distilled`, `out/transformed`, `out/quantized`, `out/<format>`, and `out/report.json`.
 """
 
 from __future__ import annotations
@@ -78,16 +78,44 @@ class DistillRecipe(Part):
     student: StudentRecipe | None = Field(None, description="start from random weights instead of `model`")
 
 
-class QuantizeRecipe(Part):
+class CalibratedPart(Part):
+    """What a stage that may look at data has besides its own fields."""
+
+    data: DataList | None = Field(None, description="sources of text for calibration; without, none is used")
+    rows: Count = Field(128, description="rows of calibration data; of an encoder's, as many tokens as these rows")
+    context: int | None = Field(None, ge=2, description="tokens of a row; without it 256, or what the model takes")
+    max_shard_bytes: Count = Field(5_000_000_000, description="size at which a new weight file is begun")
+
+
+class TransformRecipe(CalibratedPart):
+    """Fold a change of basis into the model's weights: the same function as an ordinary checkpoint."""
+
+    transform: Method = Field(
+        Method(name="ost"), description="hadamard, or ost[:key=value,...], which is learned from `data`"
+    )
+    bits: float | None = Field(
+        None, gt=0, le=32, description="bits per weight to learn for; without it matrices are not rounded in the loop"
+    )
+    codec: Method = Field(Method(name="integer"), description="how matrices are rounded in the loop")
+    dtype: Literal["stored", "float32"] = Field("stored", description="of the weights that are written")
+
+    @model_validator(mode="after")
+    def _has_data(self) -> TransformRecipe:
+        if self.transform.name not in ("hadamard", "ost"):
+            raise ValueError(f"the transform {self.transform.name} is none that can be folded: write hadamard or ost")
+        if (self.transform.name == "ost") != (self.data is not None):
+            what = "needs" if self.data is None else "uses no"
+            raise ValueError(f"the transform {self.transform.name} {what} `data`")
+        return self
+
+
+class QuantizeRecipe(CalibratedPart):
     """Give the linear maps of the model's blocks few bits."""
 
     bits: float = Field(gt=0, le=32, description="bits per weight over the target set, everything stored counted")
     codec: Method = Field(
         Method(name="half_pyramid"), description="how a matrix becomes bits; pyramid where the result is exported"
     )
-    data: DataList | None = Field(None, description="sources of text for calibration; without, rounding uses none")
-    rows: Count = Field(128, description="rows of calibration data; of an encoder's, as many tokens as these rows")
-    context: int | None = Field(None, ge=2, description="tokens of a row; without it 256, or what the model takes")
     rounding: Method | None = Field(
         None, description="nearest, or ldlq[:key=value,...], which needs data; by default what the data allow"
     )
@@ -98,7 +126,6 @@ class QuantizeRecipe(Part):
         "exported",
     )
     memory: Text = Field("2GB", description="hidden states that are kept in memory; more than that goes to disk")
-    max_shard_bytes: Count = Field(5_000_000_000, description="size at which a new weight file is begun")
 
     @field_validator("memory")
     @classmethod
@@ -168,6 +195,7 @@ class Recipe(Part):
     work: Text | None = Field(None, description="work folder; without it, one beside `out`")
     trust_remote_code: bool = Field(False, description="let a model bring its own code")
     distill: DistillRecipe | None = None
+    transform: TransformRecipe | None = None
     quantize: QuantizeRecipe | None = None
     export: list[ExportRecipe] = []
     evaluate: EvaluateRecipe | None = None
@@ -187,7 +215,7 @@ class Recipe(Part):
         if from_scratch == (self.model is not None):
             raise ValueError("exactly one of `model` and `distill.student` names what to start from")
         if not self.stages:
-            raise ValueError("at least one of distill, quantize, export, evaluate is needed")
+            raise ValueError("at least one of distill, transform, quantize, export, evaluate is needed")
         formats = [export.to for export in self.export]
         if len(set(formats)) < len(formats):
             raise ValueError("`export` names a format twice")
@@ -196,7 +224,8 @@ class Recipe(Part):
     @property
     def stages(self) -> tuple[str, ...]:
         """The names of the stages that the recipe asks for, in order; one `export` for each format."""
-        names = [name for name, part in (("distill", self.distill), ("quantize", self.quantize)) if part is not None]
+        parts = (("distill", self.distill), ("transform", self.transform), ("quantize", self.quantize))
+        names = [name for name, part in parts if part is not None]
         names += [f"export:{export.to}" for export in self.export]
         return (*names, *(["evaluate"] if self.evaluate is not None else []))
 

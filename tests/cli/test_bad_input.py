@@ -235,7 +235,7 @@ def test_a_real_command_says_one_thing(here: Path, case: str) -> None:
         ("run type.yaml", 2, "type.yaml:4: 'quantize.bits' is 'three'. Allowed: a valid number."),
         ("run open.yaml", 2, "open.yaml:3: this is no YAML"),
         ("run twice.yaml", 2, "twice.yaml:2: the key 'model' is already given in line 1"),
-        ("run idle.yaml", 2, "at least one of distill, quantize, export, evaluate"),
+        ("run idle.yaml", 2, "at least one of distill, transform, quantize, export, evaluate"),
         ("run demo --set quantize.bit=3", 2, "Did you mean 'bits'?"),
         ("list colours", 2, "colours"),
         ("bench q", 2, "bench"),

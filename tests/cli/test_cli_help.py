@@ -23,7 +23,17 @@ def commands(group: click.Group, above: tuple[str, ...] = ()) -> list[tuple[str,
 
 
 def test_the_commands_of_the_contract_that_work() -> None:
-    assert list(main.commands) == ["plan", "run", "distill", "quantize", "eval", "export", "inspect", "list"]
+    assert list(main.commands) == [
+        "plan",
+        "run",
+        "distill",
+        "transform",
+        "quantize",
+        "eval",
+        "export",
+        "inspect",
+        "list",
+    ]
 
 
 @pytest.mark.parametrize("words", commands(main), ids=" ".join)

@@ -33,6 +33,7 @@ from compress.quantization.options import Ldlq
 from compress.quantization.rounders import CalibratedRounder, CalibrationOptions
 from compress.quantization.run import quantize_checkpoint
 from compress.quantization.target import open_target, predict
+from compress.quantization.transforms import Hadamard, parse_transform
 from compress.recipe import make_recipe
 from compress.workspace import Workspace
 from tests import families
@@ -48,11 +49,14 @@ OPTIONS = CalibrationOptions(IDS, Ldlq())
 def quantize(
     source: Path, out: Path, options: CalibrationOptions = OPTIONS, listener: Listener | None = None, **more: Any
 ) -> dict[str, Any]:
-    target = open_target(source, transform=more.get("transform", "none"))
+    transform = parse_transform(more.pop("transform", "none"))
+    target = open_target(source, transform=transform)
     specs = uniform(target.views, HALF, 3.25, target.mixing)
     events = Events([] if listener is None else [listener])
     with Workspace.open(out.with_name(f"{out.name}.work"), {}, events=events) as work:
-        return quantize_checkpoint(source, out, specs, HALF, work, work.events, calibration=options, **more)
+        return quantize_checkpoint(
+            source, out, specs, HALF, work, work.events, calibration=options, transform=transform, **more
+        )
 
 
 def contents(folder: Path) -> Mapping[str, bytes]:
@@ -298,7 +302,7 @@ def run(recipe: dict[str, Any], out: Path, **changes: Any) -> dict[str, Any]:
         ({"rounding": "ldlq:damping=0.02"}, r"quantize\.rounding"),
         ({"rows": 5}, r"quantize\.rows was 6 and is now 5"),
         ({"context": 31}, r"quantize\.context was 32 and is now 31"),
-        ({"transform": "hadamard"}, r"quantize\.transform was 'auto' and is now 'hadamard'"),
+        ({"transform": "hadamard"}, r"quantize\.transform\.name was 'auto' and is now 'hadamard'"),
         ({"data": None}, r"quantize\.data"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -339,7 +343,7 @@ def test_a_tied_head_is_untied(recipe: dict[str, Any], tmp_path: Path) -> None:
     tied = {**recipe, "model": str(source)}
     report = run(tied, tmp_path / "out", transform="hadamard", bits=3.5)
     assert not read_config(tmp_path / "out")["tie_word_embeddings"]
-    target = open_target(source, transform="hadamard")
+    target = open_target(source, transform=Hadamard())
     size = predict(target, uniform(target.views, HALF, 3.5, target.mixing)).model_bytes
     assert size == (tmp_path / "out" / WEIGHTS).stat().st_size == report["model_bytes"]
     asked = {**recipe["quantize"], "bits": 3.5, "transform": "hadamard"}

@@ -151,7 +151,9 @@ def test_it_starts_as_hadamard() -> None:
     for name, parameter in model.named_parameters():
         if mixed.changes(name):
             difference = fold.tensor(name, model.get_parameter) - mixed.tensor(name, model.get_parameter)
-            assert float(difference.abs().max()) <= 1e-6 * float(parameter.detach().abs().max()) * math.sqrt(parameter.shape[-1])
+            assert float(difference.abs().max()) <= 1e-6 * float(parameter.detach().abs().max()) * math.sqrt(
+                parameter.shape[-1]
+            )
 
 
 def test_womi_starts_at_the_principal_axes() -> None:
