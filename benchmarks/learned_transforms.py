@@ -15,10 +15,11 @@ in its own standard errors (below -2: nearer to the original than the first line
 - `parts`: learning with one ingredient changed.
 - `cost`: the seconds of a quantization behind a fixed and behind a learned transform; the difference is learning.
 
-`kl_top`, `parts` use the first of --models, and 4 bits for weights, activations, keys and values. A seed draws the
-calibration rows, the signs and the order of learning; with several, divergences are means over them and `kl_seeds` is
-the standard deviation between them. Rows and windows are those of `quantize_peers.py`, whose table --peers shows beside
-`weight_only`: there without pairing, since a table has no windows, and errors are added in quadrature.
+`kl_top`, `parts` use the first of --models (`student`, the built-in one, is small enough for many), and 4 bits for
+weights, activations, keys and values. A seed draws the calibration rows, the signs and the order of learning; with
+several, divergences are means over them and `kl_seeds` is the standard deviation between them. Rows and windows are
+those of `quantize_peers.py`, whose table --peers shows beside `weight_only`: there without pairing, since a table has
+no windows, and errors are added in quadrature.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from pathlib import Path
 import torch
 from learned.bench import Bench
 from learned.report import beside_peers, header, line, read_peers, write
-from learned.trials import OUTLIERS, PARTS, trials
+from learned.trials import OUTLIERS, PARTS, STUDENT, trials
 from peers.subjects import MODELS
 from transformers.utils import logging
 
@@ -46,7 +47,7 @@ def some_of(known: tuple[str, ...], text: str) -> list[str]:
 
 def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = (OUTLIERS, *MODELS)
+    known = (OUTLIERS, *MODELS, STUDENT)
     parser.add_argument("--parts", type=lambda text: some_of(PARTS, text), default=list(PARTS))
     parser.add_argument("--models", type=lambda text: some_of(known, text), help="all for which there are data")
     parser.add_argument("--data", type=Path, metavar="DIR", help="real models and texts, for babyllama")
@@ -60,7 +61,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, metavar="CSV")
     options = parser.parse_args()
     if options.models is None:
-        options.models = [name for name in known if name != "babyllama" or options.data is not None]
+        options.models = [name for name in known if name != STUDENT and (name != "babyllama" or options.data)]
     return options
 
 

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from compress.exporters import export
     from compress.modeling.loading import load_model as load
     from compress.pipeline import run
-    from compress.quantization.api import quantize
+    from compress.quantization.api import quantize, transform
     from compress.recipe import Recipe
     from compress.reporting.evaluate import evaluate
     from compress.verbs import distill
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "distill", "evaluate", "export", "load", "quantize", "run"]
+__all__ = ["Recipe", "distill", "evaluate", "export", "load", "quantize", "run", "transform"]
 
 _VERBS = {
     "Recipe": ("compress.recipe", "Recipe"),
@@ -32,6 +32,7 @@ _VERBS = {
     "load": ("compress.modeling.loading", "load_model"),
     "quantize": ("compress.quantization.api", "quantize"),
     "run": ("compress.pipeline", "run"),
+    "transform": ("compress.quantization.api", "transform"),
 }
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from learned.trials import OUTLIERS, Quantization, Trial
+from learned.trials import OUTLIERS, STUDENT, Quantization, Trial
 from outliers import with_outliers
 from peers.judge import Judge, mean_and_error, paired
 from peers.scripts.width import rate_of
@@ -109,6 +109,8 @@ class Bench:
         }
 
     def _subject(self, name: str) -> Subject:
+        if name == STUDENT:
+            return replace(subject("teacher", None), name=name, model="builtin:student")
         return subject("teacher" if name == OUTLIERS else name, self._data)
 
     def _make_judge(self, name: str) -> Judge:

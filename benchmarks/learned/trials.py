@@ -17,6 +17,8 @@ CHANNEL = "integer:group=0,symmetric=true"
 """A scale to an output channel, symmetric: the weights of the published W4A4KV4 and W4A16."""
 OUTLIERS = "outliers"
 """The built-in teacher with function-preserving outliers."""
+STUDENT = "student"
+"""The built-in student, on the teacher's texts: small enough for tables of many learned transforms."""
 PARTS = ("w4a4kv4", "weight_only", "kl_top", "parts", "cost")
 KS = (5, 50, 1000)
 TAILS = ("residual", "partial", "renormalised")

@@ -1,10 +1,11 @@
-"""`compress.quantize`: a model in memory, quantized in place."""
+"""`compress.quantize` and `compress.transform`: a model in memory, changed in place."""
 
 from __future__ import annotations
 
 import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ from compress.quantization.modules import PackedLinear, packed_modules
 from compress.quantization.options import Ldlq, Rounding, rounding_of
 from compress.quantization.ost import learn_basis
 from compress.quantization.target import Change, transformed, unchanged, untouched
-from compress.quantization.transforms import Ost, Transform, Untransformed, chosen_transform, parse_transform
+from compress.quantization.transforms import Hadamard, Ost, Transform, Untransformed, chosen_transform, parse_transform
 from compress.recipe.method import parse_method
 from compress.transforms.fold import fold_model
 from compress.transforms.incoherence import view_signs
@@ -38,6 +39,7 @@ from compress.transforms.signs import Signs
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+PASS_DATA = "Pass data=..., such as 'builtin:python/train'."
 Rounded = tuple[MatrixView, QuantizedMatrix, MatrixReport]
 
 
@@ -66,7 +68,8 @@ def quantize(
     (`compress.quantization.options.Ldlq` has its options), and without data "nearest": each matrix to the nearest that
     the codec has. `transform="hadamard"` mixes both sides of every matrix before, folded into the model where that can
     be, so that other parameters change too; "auto" does so for calibrated `half_pyramid`, unless a head would be
-    untied.
+    untied. "ost", which needs data and on the way the model in float32, learns rotations and scalings instead
+    (`compress.quantization.transforms.Ost` has its options).
     `tokenizer` is that of a model given as a module whose own folder is not known; rows of ids need none.
 
     Of a transformers model the config gets a `quantization_config`, so that `save_pretrained` writes an artifact that
@@ -95,10 +98,7 @@ def quantize(
     batches: list[Batch] = []
     if data is not None:
         ours = _of_transformers(model, "calibrated")
-        name = str(ours.config.name_or_path)
-        batches = calibration_batches(
-            ours, data, lambda: tokenizer or load_tokenizer(name), rows=rows, context=context, seed=seed
-        )
+        batches = _batches(ours, data, tokenizer, rows, context, seed)
     if isinstance(chosen, Ost):
         change = _learned(ours, views, chosen, rounder, specs, batches, seed, events)
     if isinstance(model, PreTrainedModel):
@@ -115,6 +115,70 @@ def quantize(
         )
         model.config.quantization_config = config.to_dict()
     return model
+
+
+def transform(
+    model: PreTrainedModel | str | Path,
+    transform: str | Hadamard | Ost = "ost",
+    *,
+    data: CalibrationData | None = None,
+    bits: float | None = None,
+    codec: str | Codec = "integer",
+    rows: int = 128,
+    context: int | None = None,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    events: Events | None = None,
+) -> PreTrainedModel:
+    """Fold a change of basis into the weights of `model`: the same function, easier to quantize, and an ordinary model
+    that `save_pretrained` writes for any tool; returns the model.
+
+    `model` is changed in place, or loaded in float32 by its name; weights of fewer bits are rounded to them once more.
+    `transform` is "hadamard", or "ost", learned from `data` (as in `quantize`) for matrices that `codec` will round to
+    `bits` a weight; without `bits` for matrices as they are, and for activations and keys and values alone.
+
+    Raises `ModelError` for a model of which nothing can be folded or that is quantized already, `UsageError` for "ost"
+    without data, `NumericsError` when what is learned diverges.
+    """
+    if not isinstance(model, nn.Module):
+        model = load_model(model)
+    _require_unquantized(model)
+    views = matrices(model)
+    require_linear(views)
+    chosen = parse_transform(transform) if isinstance(transform, str) else transform
+    if not isinstance(chosen, Hadamard | Ost):
+        raise UsageError(f"'{chosen.name}' folds nothing.", remedy="Use hadamard or ost.")
+    if isinstance(chosen, Ost):
+        chosen = replace(chosen, online=False, weights=chosen.weights and bits is not None)
+    change = transformed(model, views, chosen, seed, model.get_parameter)
+    if not any(change.fold.changes(parameter) for parameter, _ in model.named_parameters()):
+        raise ModelError(
+            f"Nothing of {type(model).__name__} can be folded. {' '.join(change.fold.reasons)}",
+            remedy='Quantize it with transform="hadamard", which mixes at run time.',
+        )
+    if isinstance(chosen, Ost):
+        if data is None:
+            raise UsageError("A transform is learned from data.", remedy=PASS_DATA)
+        rounder = _codec(codec) if isinstance(codec, str) else codec
+        specs = {} if bits is None else uniform(views, rounder, bits)
+        batches = _batches(model, data, tokenizer, rows, context, seed)
+        change = _learned(model, views, chosen, rounder, specs, batches, seed, events or Events())
+    fold_model(model, change.fold)
+    return model
+
+
+def _batches(
+    model: PreTrainedModel,
+    data: CalibrationData,
+    tokenizer: PreTrainedTokenizerBase | None,
+    rows: int,
+    context: int | None,
+    seed: int,
+) -> list[Batch]:
+    name = str(model.config.name_or_path)
+    return calibration_batches(
+        model, data, lambda: tokenizer or load_tokenizer(name), rows=rows, context=context, seed=seed
+    )
 
 
 def _require_unquantized(model: nn.Module) -> None:
@@ -146,7 +210,7 @@ def _method(rounding: str | Rounding | None, data: CalibrationData | None, trans
     learns = isinstance(transform, Ost)
     if (isinstance(method, Ldlq) or learns) and data is None:
         what = "A transform is learned from" if learns else "Calibrated rounding needs"
-        raise UsageError(f"{what} data.", remedy="Pass data=..., such as 'builtin:python/train'.")
+        raise UsageError(f"{what} data.", remedy=PASS_DATA)
     if not isinstance(method, Ldlq) and not learns and data is not None:
         raise UsageError("Rounding to the nearest uses no data.", remedy="Leave out one of the two.")
     return method

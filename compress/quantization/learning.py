@@ -106,7 +106,7 @@ class Learner:
             wanted = looped.logits(inputs)
         factor = 0.5 * (1 + math.cos(math.pi * self.step / self._options.steps))
         with looped.transformed(self.fold()):
-            loss = self._loss(looped.logits(inputs), wanted)
+            loss = self._loss(looped.logits(inputs), wanted, weights=inputs.get("attention_mask"))
             loss.backward()  # type: ignore[no-untyped-call]
         for name, optimizer in self._optimizers.items():
             rate = self._options.rotation_rate if name == "rotations" else self._options.scale_rate

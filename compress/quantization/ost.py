@@ -97,12 +97,15 @@ def learn_basis(
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Within this, the parameters of `model` need no gradient."""
+    """Within this, the parameters of `model` need no gradient, and it is in evaluation mode."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    training = [module for module in model.modules() if module.training]
     try:
-        model.requires_grad_(False)
+        model.requires_grad_(False).eval()
         yield
     finally:
+        for module in training:
+            module.training = True
         for parameter in trained:
             parameter.requires_grad_()
 
@@ -150,6 +153,8 @@ def learn_checkpoint(
     write_tensors(path, {name: tensor.cpu() for name, tensor in learned.tensors.items()})
     workspace.commit(UNIT, [path], learned.figures)
     workspace.drop(STATE)
+    for place in (0, SAVE_EVERY):
+        _file(workspace, f"{STATE}.{place}").unlink(missing_ok=True)
     return learned
 
 

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from compress.codecs.base import Codec, Option
-from compress.codecs.dynamic import GroupQuantizer, TokenQuantizer
 from compress.errors import UsageError
-from compress.losses.targets import Tail
+from compress.losses.targets import Tail, TopKKL
 from compress.quantization.dynamic import Dynamic
 from compress.quantization.methods import check_words, method_of, method_text
 from compress.recipe.method import parse_method
@@ -85,6 +84,11 @@ class Ost:
                 f"ost has the rates {self.rotation_rate} and {self.scale_rate}.",
                 remedy="Take at least 0, and at most 1 for scale_rate.",
             )
+        if not self.weights and (self.activations, self.kv) == (16, 16):
+            raise UsageError(
+                "Nothing is quantized while ost learns.", remedy="Give bits for weights, activations=8 or kv=8."
+            )
+        TopKKL(k=self.k, tail=self.tail)
         if not self.parts:
             raise UsageError("ost has nothing to learn.", remedy=f"Leave one of {', '.join(PARTS)} true.")
         _ = self.dynamic
@@ -110,10 +114,8 @@ class Ost:
     @property
     def dynamic(self) -> Dynamic:
         """What is quantized in the loop besides the weights."""
-        return Dynamic(
-            None if self.activations == 16 else TokenQuantizer(self.activations),
-            None if self.kv == 16 else GroupQuantizer(self.kv, self.kv_group or None),
-        )
+        activations, kv = (None if bits == 16 else bits for bits in (self.activations, self.kv))
+        return Dynamic.of_bits(activations, kv, self.kv_group or None)
 
 
 Transform = Auto | Untransformed | Hadamard | Ost

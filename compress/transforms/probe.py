@@ -159,7 +159,8 @@ def _small_config(config: PreTrainedConfig, head_dim: int) -> PreTrainedConfig:
     }
     tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
     layers = before["num_hidden_layers"]
-    lists = {name: field[:LAYERS] for name, field in before.items() if isinstance(field, list) and len(field) == layers}
+    each = {name: field for name, field in before.items() if isinstance(field, list) and len(field) == layers}
+    lists = {name: (field * LAYERS)[:LAYERS] for name, field in each.items()}
     text.update({name: size for name, size in (sizes | tokens | lists).items() if name in before})
     return small
 
