@@ -41,8 +41,9 @@ def check_models(recipe: Recipe, subject: Subject, subjects: Mapping[str, Subjec
     if recipe.distill is not None:
         teacher = subjects.get(recipe.distill.teacher or "")
         check_distillation(recipe.distill, subject, teacher, recipe.trust_remote_code)
-    if recipe.quantize is not None and recipe.quantize.data is not None and recipe.quantize.context is not None:
-        check_context("quantize.context", recipe.quantize.context, subject)
+    for name, part in (("transform", recipe.transform), ("quantize", recipe.quantize)):
+        if part is not None and part.data is not None and part.context is not None:
+            check_context(f"{name}.context", part.context, subject)
     if recipe.evaluate is not None:
         compared = {name: subjects[name] for name in recipe.evaluate.compare if name in subjects}
         reference = subjects.get(recipe.evaluate.reference or "")
@@ -99,7 +100,7 @@ def _check_encoder(name: str, part: EvaluateRecipe) -> None:
             f"'{name}' is an encoder, which is measured against another model.",
             remedy="Name one as evaluate.reference.",
         )
-    for key, asked in (("samples", part.samples), ("tokens_per_second", part.tokens_per_second)):
+    for key, asked in (("samples", part.samples), ("tokens_per_second", part.tokens_per_second), ("kv", part.kv)):
         if asked:
             raise UsageError(f"'{name}' is an encoder and writes no text.", remedy=f"Remove evaluate.{key}.")
 

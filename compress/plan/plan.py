@@ -10,7 +10,7 @@ four float32 values per position and token of the vocabulary.
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,7 @@ from compress.plan.subject import Subject, read_subjects, subject_of
 from compress.plan.transform import plan_transform
 
 if TYPE_CHECKING:
-    from compress.recipe import DistillRecipe, EvaluateRecipe, QuantizeRecipe, Recipe
+    from compress.recipe import DistillRecipe, EvaluateRecipe, Recipe
 
 BYTES_PER_TRAINED_PARAMETER = 16
 BYTES_PER_ACTIVATION = 68
@@ -167,13 +167,14 @@ def _evaluate(part: EvaluateRecipe, source: str | None) -> StagePlan:
     against = f" against {part.reference}" if part.reference is not None else ""
     limit = f", {part.limit:,} tokens at most" if part.limit is not None else ""
     text = f"measure {models}{against} on {' + '.join(part.data)}, windows of {part.context} tokens{limit}"
-    return StagePlan("evaluate", source, None, text)
+    asked = {"activations": part.activations, "keys and values": part.kv}
+    bits = [f"{what} in {number} bits" for what, number in asked.items() if number is not None]
+    return StagePlan("evaluate", source, None, ", ".join([text, *bits]))
 
 
 def _data(recipe: Recipe) -> tuple[dict[str, str | int], ...]:
     """The fingerprint of every source of data, read once; of installed packages, which are large, only the versions."""
-    parts: Sequence[DistillRecipe | QuantizeRecipe | EvaluateRecipe | None]
-    parts = (recipe.distill, recipe.quantize, recipe.evaluate)
+    parts = (recipe.distill, recipe.transform, recipe.quantize, recipe.evaluate)
     sources = {spec: text_source(spec) for part in parts if part is not None for spec in part.data or ()}
     return tuple(
         {"spec": spec, "origin": source.origin} if spec.startswith("packages:") else fingerprint(source).to_dict()

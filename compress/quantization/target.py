@@ -173,12 +173,13 @@ def unchanged(views: Sequence[MatrixView]) -> Change:
 
 
 def require_places(model: PreTrainedModel, sites: Sites, transform: Ost) -> Scalings:
-    """The scalings of `model`, of those that `transform` learns. Raises `ModelError` when there is nothing to learn."""
+    """The scalings of `model`, of those that `transform` learns. Raises `ModelError` when there is nothing to learn, or
+    no next token to learn from."""
     scalings = proven_scalings(model)
     scalings = Scalings(
         scalings.gates if transform.gates else (), scalings.queries if transform.queries else (), scalings.reasons
     )
-    if not learned_shapes(sites, scalings, transform.parts):
+    if not model.can_generate() or not learned_shapes(sites, scalings, transform.parts):
         reasons = " ".join((*sites.reasons, *scalings.reasons))
         raise ModelError(
             f"{type(model).__name__} has no place for a learned transform. {reasons}".rstrip(),

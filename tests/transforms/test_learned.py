@@ -157,7 +157,7 @@ def test_it_starts_as_hadamard() -> None:
 
 
 def test_womi_starts_at_the_principal_axes() -> None:
-    """Without the mixing, the second moments of what reads the stream are diagonal; those of the output's columns too."""
+    """Without the mixing, the second moments of what reads the stream are diagonal, and those of W_o's columns."""
     model = double("LlamaForCausalLM", "llama")
     sites, scalings = find_sites(model), find_scalings(model)
     assert sites.residual is not None
