@@ -76,7 +76,9 @@ transform_options = stack(
     click.argument("model", metavar="M"),
     shown("--transform", "ost", "What is folded: hadamard, or ost, which is learned.", metavar="NAME[:k=v,...]"),
     calibration_options,
-    click.option("--bits", type=float, help="Bits per weight to learn for.  [default: matrices are not rounded]"),
+    click.option(
+        "--bits", type=float, help="Bits per weight to learn for.  [default: none; then activations= or kv= of ost]"
+    ),
     shown("--codec", "integer", "How matrices are rounded while it is learned.", metavar="NAME[:k=v,...]"),
     shown("--dtype", "stored", "Of the weights that are written.", click.Choice(["stored", "float32"])),
     place_options,

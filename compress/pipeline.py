@@ -247,8 +247,6 @@ def _transform(task: Task) -> dict[str, Any]:
     assert isinstance(transform, (Hadamard, Ost))
     source, method = resolve_model(task.source), codec(asked.codec.name, **asked.codec.options)
     views = matrices(skeleton(load_config(source, recipe.trust_remote_code), recipe.trust_remote_code))
-    if isinstance(transform, Ost) and asked.bits is None:
-        transform = replace(transform, weights=False)
     calibration = None
     if asked.data is not None:
         calibration = CalibrationOptions(

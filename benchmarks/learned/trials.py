@@ -33,7 +33,7 @@ CHANGES = {
     "without query/key scales": "queries=false",
     "exact weights in the loop": "weights=false",
     "womi start": "start=womi",
-    "Cayley SGD": "optimizer=cayley,rotation_rate=1",
+    "Cayley SGD": "optimizer=cayley,rotation_rate=10",
 }
 """What is changed in the default, as options of the transform, by the name of the change."""
 

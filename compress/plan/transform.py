@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ from compress.modeling.structure import matrices, require_linear
 from compress.plan.memory import learning_memory
 from compress.plan.stage import StagePlan
 from compress.plan.subject import Subject
-from compress.quantization.target import Change, require_places, transformed
+from compress.quantization.target import Change, require_folded, require_places, transformed
 from compress.quantization.transforms import Ost, transform_of
 from compress.transforms.learned import is_rotation, learned_shapes
 from compress.transforms.probe import proven_sites
@@ -24,10 +23,11 @@ def plan_transform(recipe: TransformRecipe, subject: Subject, source: str | None
     """The stage. Raises `UsageError` for an unknown option, `ModelError` for a model that has no place for it."""
     transform = transform_of(recipe.transform.name, recipe.transform.options)
     if isinstance(transform, Ost):
-        transform = replace(transform, online=False)
+        transform = transform.folded(rounded=recipe.bits is not None)
     views = matrices(subject.model)
     require_linear(views)
     change = transformed(subject.model, views, transform, 0, subject.read)
+    require_folded(change.fold, subject.model.state_dict(), subject.name)
     memory = 0
     if isinstance(transform, Ost):
         memory = learning_memory(subject.model, views, transform, recipe.context)

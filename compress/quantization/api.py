@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +28,7 @@ from compress.quantization.matrix import MatrixReport, quantize_matrix
 from compress.quantization.modules import PackedLinear, packed_modules
 from compress.quantization.options import Ldlq, Rounding, rounding_of
 from compress.quantization.ost import learn_basis
-from compress.quantization.target import Change, transformed, unchanged, untouched
+from compress.quantization.target import Change, require_folded, transformed, unchanged, untouched
 from compress.quantization.transforms import Hadamard, Ost, Transform, Untransformed, chosen_transform, parse_transform
 from compress.recipe.method import parse_method
 from compress.transforms.fold import fold_model
@@ -149,13 +148,9 @@ def transform(
     if not isinstance(chosen, Hadamard | Ost):
         raise UsageError(f"'{chosen.name}' folds nothing.", remedy="Use hadamard or ost.")
     if isinstance(chosen, Ost):
-        chosen = replace(chosen, online=False, weights=chosen.weights and bits is not None)
+        chosen = chosen.folded(rounded=bits is not None)
     change = transformed(model, views, chosen, seed, model.get_parameter)
-    if not any(change.fold.changes(parameter) for parameter, _ in model.named_parameters()):
-        raise ModelError(
-            f"Nothing of {type(model).__name__} can be folded. {' '.join(change.fold.reasons)}",
-            remedy='Quantize it with transform="hadamard", which mixes at run time.',
-        )
+    require_folded(change.fold, (parameter for parameter, _ in model.named_parameters()), type(model).__name__)
     if isinstance(chosen, Ost):
         if data is None:
             raise UsageError("A transform is learned from data.", remedy=PASS_DATA)

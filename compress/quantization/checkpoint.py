@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from compress.codecs.base import Codec, CodecSpec
-from compress.errors import ModelError, UsageError
+from compress.errors import UsageError
 from compress.formats.companions import copy_companions
 from compress.formats.native import write_weights
 from compress.modeling.layout import DTYPES
@@ -24,7 +23,7 @@ from compress.modeling.writer import MAX_SHARD_BYTES
 from compress.quantization.ost import learn_checkpoint
 from compress.quantization.rounders import CalibrationOptions
 from compress.quantization.run import check_finite, check_outside
-from compress.quantization.target import Target, entries, open_target
+from compress.quantization.target import Target, entries, open_target, require_folded
 from compress.quantization.transforms import Hadamard, Ost
 from compress.storage import check_free, disk_errors, seal, stage_beside, write_json
 from compress.workspace import Workspace
@@ -60,9 +59,10 @@ def transform_checkpoint(
     check_outside(source, out, workspace)
     check_free(out, workspace.overwrite)
     if isinstance(transform, Ost):
-        transform = replace(transform, online=False)
+        transform = transform.folded(rounded=bool(specs))
     started = time.monotonic()
-    target = foldable(open_target(source, trust_remote_code, transform, seed))
+    target = open_target(source, trust_remote_code, transform, seed)
+    require_folded(target.fold, target.stored, str(source))
     check_finite(target, workspace)
     record: dict[str, Any] = {"transform": target.transform, "not_folded": list(target.fold.reasons)}
     if isinstance(transform, Ost):
@@ -85,16 +85,6 @@ def transform_checkpoint(
     record["seconds"] = time.monotonic() - started
     workspace.publish(UNIT, staged, out, record)
     return record
-
-
-def foldable(target: Target) -> Target:
-    """`target`, of whose parameters the transform changes some. Raises `ModelError` when it changes none."""
-    if not any(target.fold.changes(name) for name in target.stored):
-        raise ModelError(
-            f"Nothing of '{target.source}' can be folded. {' '.join(target.fold.reasons)}",
-            remedy="Use `compress quantize --transform hadamard`, which mixes at run time.",
-        )
-    return target
 
 
 def _tensors(target: Target, dtype: Stored) -> Iterator[tuple[str, Tensor]]:

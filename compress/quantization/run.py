@@ -81,6 +81,8 @@ def quantize_checkpoint(
         learned = learn_checkpoint(target, transform, codec, specs, calibration, workspace, seed, trust_remote_code)
         target = open_target(source, trust_remote_code, transform, seed, learned.tensors)
         how["learning"] = learned.figures
+    for name, like in target.fold.added.items():
+        workspace.events.emit("note", text=f"'{like}' no longer stands for '{name}', which is a tensor of its own.")
     rounder: Rounder = NearestRounder(target, codec, specs)
     if calibration is not None and isinstance(calibration.options, Ldlq):
         rounder = CalibratedRounder(target, codec, specs, calibration, workspace, trust_remote_code)

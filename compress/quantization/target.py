@@ -6,7 +6,7 @@ because the same plan of entries is what the writer follows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -172,6 +172,15 @@ def unchanged(views: Sequence[MatrixView]) -> Change:
     return Change(Fold(Basis()), {view.name: "none" for view in views}, Untransformed.name)
 
 
+def require_folded(fold: Fold, names: Iterable[str], model: str) -> None:
+    """Raise `ModelError` unless `fold` changes some of the parameters `names` of `model`."""
+    if not any(fold.changes(name) for name in names):
+        raise ModelError(
+            f"Nothing of '{model}' can be folded. {' '.join(fold.reasons)}",
+            remedy="Use `compress quantize --transform hadamard`, which mixes at run time.",
+        )
+
+
 def require_places(model: PreTrainedModel, sites: Sites, transform: Ost) -> Scalings:
     """The scalings of `model`, of those that `transform` learns. Raises `ModelError` when there is nothing to learn, or
     no next token to learn from."""
@@ -183,7 +192,7 @@ def require_places(model: PreTrainedModel, sites: Sites, transform: Ost) -> Scal
         reasons = " ".join((*sites.reasons, *scalings.reasons))
         raise ModelError(
             f"{type(model).__name__} has no place for a learned transform. {reasons}".rstrip(),
-            remedy="Use --transform hadamard, which mixes at run time, or none.",
+            remedy="Use `compress quantize --transform hadamard`, which mixes at run time.",
         )
     return scalings
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from compress.codecs.base import Codec, Option
@@ -86,7 +86,8 @@ class Ost:
             )
         if not self.weights and (self.activations, self.kv) == (16, 16):
             raise UsageError(
-                "Nothing is quantized while ost learns.", remedy="Give bits for weights, activations=8 or kv=8."
+                "Nothing is quantized while ost learns, so there is nothing to learn.",
+                remedy="Give --bits for the matrices, or ost:activations=8 or ost:kv=8.",
             )
         TopKKL(k=self.k, tail=self.tail)
         if not self.parts:
@@ -97,6 +98,10 @@ class Ost:
     def text(self) -> str:
         """As on the command line, with what differs from the defaults."""
         return method_text(self)
+
+    def folded(self, rounded: bool) -> Ost:
+        """This without anything at run time, for matrices that are `rounded` in the loop, or not."""
+        return replace(self, online=False, weights=self.weights and rounded)
 
     @property
     def parts(self) -> tuple[Part, ...]:
