@@ -41,7 +41,7 @@ def test_registers_in_either_order(first: str) -> None:
 
 
 def test_verbs() -> None:
-    assert set(compress.__all__) == {"Recipe", "distill", "evaluate", "export", "load", "quantize", "run"}
+    assert set(compress.__all__) == {"Recipe", "distill", "evaluate", "export", "load", "quantize", "run", "transform"}
     for name in compress.__all__:
         assert callable(getattr(compress, name))
         assert name in dir(compress)
