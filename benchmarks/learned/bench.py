@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +19,6 @@ from transformers import PreTrainedModel
 
 import compress
 from compress.codecs import codec
-from compress.codecs.dynamic import GroupQuantizer, TokenQuantizer
 from compress.hardware import describe_machine
 from compress.modeling.loading import load_model
 from compress.quantization.dynamic import Dynamic, dynamic_quantization
@@ -67,7 +65,8 @@ class Bench:
         found, costs, bits = [], [], 0.0
         for seed in seeds:
             model, bits, *cost = self._quantized(trial.quantization, seed)
-            with dynamic_quantization(model, self._dynamic(trial)) if trial.activations or trial.kv else nullcontext():
+            running = Dynamic.of_bits(trial.activations, trial.kv, mix_keys=trial.mix_keys)
+            with dynamic_quantization(model, running):
                 found.append(self._judge(trial.quantization.model).window_kl(model))
             costs.append(cost)
         means = torch.stack([kl.mean() for kl in found])
@@ -131,10 +130,3 @@ class Bench:
         stored = sum(8 * module.weight.nbytes for module in packed)
         weights = sum(module.out_features * module.in_features for module in packed)
         return model, stored / weights, seconds, processor_seconds
-
-    def _dynamic(self, trial: Trial) -> Dynamic:
-        return Dynamic(
-            None if trial.activations is None else TokenQuantizer(bits=trial.activations),
-            None if trial.kv is None else GroupQuantizer(bits=trial.kv),
-            trial.mix_keys,
-        )

@@ -129,7 +129,7 @@ def _notes(
     if recipe.data is None:
         yield "data-free: no text is used, every weight counts the same"
     if isinstance(transform, Ost):
-        yield learned_text(subject, transform)
+        yield learned_text(change, transform)
     online = sum(word != "none" for word in change.mixing.values())
     if online:
         yield (

@@ -10,10 +10,9 @@ from compress.modeling.structure import matrices, require_linear
 from compress.plan.memory import learning_memory
 from compress.plan.stage import StagePlan
 from compress.plan.subject import Subject
-from compress.quantization.target import Change, require_folded, require_places, transformed
+from compress.quantization.target import Change, require_folded, transformed
 from compress.quantization.transforms import Ost, transform_of
 from compress.transforms.learned import is_rotation, learned_shapes
-from compress.transforms.probe import proven_sites
 
 if TYPE_CHECKING:
     from compress.recipe import TransformRecipe
@@ -31,15 +30,15 @@ def plan_transform(recipe: TransformRecipe, subject: Subject, source: str | None
     memory = 0
     if isinstance(transform, Ost):
         memory = learning_memory(subject.model, views, transform, recipe.context)
-    what = learned_text(subject, transform) if isinstance(transform, Ost) else "fold mixings"
+    what = learned_text(change, transform) if isinstance(transform, Ost) else "fold mixings"
     text = f"{what} in {subject.name}, an ordinary checkpoint again"
     return StagePlan("transform", source, out, text, memory or None, tuple(fold_notes(subject, change)))
 
 
-def learned_text(subject: Subject, transform: Ost) -> str:
+def learned_text(change: Change, transform: Ost) -> str:
     """How much is learned, and how long."""
-    sites = proven_sites(subject.model)
-    shapes = learned_shapes(sites, require_places(subject.model, sites, transform), transform.parts)
+    basis = change.fold.basis
+    shapes = learned_shapes(basis.sites, basis.scalings, transform.parts)
     rotations = sum(is_rotation(name) for name in shapes)
     numbers = sum(prod(shape) for shape in shapes.values())
     return (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ from compress.quantization.matrix import MatrixReport, quantize_matrix
 from compress.quantization.modules import PackedLinear, packed_modules
 from compress.quantization.options import Ldlq, Rounding, rounding_of
 from compress.quantization.ost import learn_basis
-from compress.quantization.target import Change, require_folded, transformed, unchanged, untouched
+from compress.quantization.target import Change, learned_fold, require_folded, transformed, unchanged, untouched
 from compress.quantization.transforms import Hadamard, Ost, Transform, Untransformed, chosen_transform, parse_transform
 from compress.recipe.method import parse_method
 from compress.transforms.fold import fold_model
@@ -99,7 +100,7 @@ def quantize(
         ours = _of_transformers(model, "calibrated")
         batches = _batches(ours, data, tokenizer, rows, context, seed)
     if isinstance(chosen, Ost):
-        change = _learned(ours, views, chosen, rounder, specs, batches, seed, events)
+        change = _learned(ours, views, chosen, change, rounder, specs, batches, seed, events)
     if isinstance(model, PreTrainedModel):
         fold_model(model, change.fold)
     if isinstance(method, Ldlq):
@@ -157,7 +158,7 @@ def transform(
         rounder = _codec(codec) if isinstance(codec, str) else codec
         specs = {} if bits is None else uniform(views, rounder, bits)
         batches = _batches(model, data, tokenizer, rows, context, seed)
-        change = _learned(model, views, chosen, rounder, specs, batches, seed, events or Events())
+        change = _learned(model, views, chosen, change, rounder, specs, batches, seed, events or Events())
     fold_model(model, change.fold)
     return model
 
@@ -215,16 +216,17 @@ def _learned(
     model: PreTrainedModel,
     views: Sequence[MatrixView],
     transform: Ost,
+    start: Change,
     codec: Codec,
     specs: Mapping[str, CodecSpec],
     batches: Sequence[Batch],
     seed: int,
     events: Events,
 ) -> Change:
-    """What is learned, on a copy of the model unless it is in float32."""
+    """What becomes of `start` by learning, on a copy of the model unless it is in float32."""
     wide = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
     learned = learn_basis(wide, views, transform, codec, specs, batches, seed, events)
-    return transformed(model, views, transform, seed, model.get_parameter, learned.tensors)
+    return replace(start, fold=learned_fold(start.fold, learned.tensors, seed, model.get_parameter))
 
 
 def _nearest(

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from compress.codecs.base import Codec, CodecSpec
-from compress.errors import UsageError
 from compress.formats.companions import copy_companions
 from compress.formats.native import write_weights
 from compress.modeling.layout import DTYPES
@@ -66,10 +65,8 @@ def transform_checkpoint(
     check_finite(target, workspace)
     record: dict[str, Any] = {"transform": target.transform, "not_folded": list(target.fold.reasons)}
     if isinstance(transform, Ost):
-        if calibration is None:
-            raise UsageError("A transform is learned from data.", remedy="Name some with --data.")
         learned = learn_checkpoint(target, transform, codec, specs, calibration, workspace, seed, trust_remote_code)
-        target = open_target(source, trust_remote_code, transform, seed, learned.tensors)
+        target = target.learned(learned.tensors)
         record |= learned.figures
     staged = stage_beside(out)
     with disk_errors(out):

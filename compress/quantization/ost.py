@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from compress.codecs.base import Codec, CodecSpec
 from compress.data.calibration import Batch
-from compress.errors import WorkspaceError
+from compress.errors import UsageError, WorkspaceError
 from compress.events import Events, seconds_left
 from compress.modeling.io import stream_tensors
 from compress.modeling.loading import load_model, load_tokenizer
@@ -115,13 +115,16 @@ def learn_checkpoint(
     options: Ost,
     codec: Codec,
     specs: Mapping[str, CodecSpec],
-    calibration: CalibrationOptions,
+    calibration: CalibrationOptions | None,
     workspace: Workspace,
     seed: int,
     trust_remote_code: bool = False,
 ) -> Learned:
     """The same for the checkpoint of `target`, on the device and rows of `calibration`. A unit of `workspace` holds
-    what was learned, so that it is learned once, another the state of a learning that was stopped."""
+    what was learned, so that it is learned once, another the state of a learning that was stopped. Raises `UsageError`
+    without data, and what `learn_basis` does."""
+    if calibration is None:
+        raise UsageError("A transform is learned from data.", remedy="Name some with --data.")
     done = workspace.done(UNIT)
     if done is not None:
         return Learned(dict(stream_tensors(_file(workspace, UNIT), WorkspaceError)), done)
@@ -136,15 +139,14 @@ def learn_checkpoint(
     )
 
     def save(progress: Progress) -> None:
-        path = _file(workspace, f"{STATE}.{progress.step % (2 * SAVE_EVERY)}")
+        path = _state_file(workspace, progress.step)
         write_tensors(path, {**progress.tensors, **progress.state})
         workspace.commit(STATE, [path], {"step": progress.step, "losses": progress.losses})
 
     stopped = workspace.done(STATE)
     resumed = None
     if stopped is not None:
-        path = _file(workspace, f"{STATE}.{stopped['step'] % (2 * SAVE_EVERY)}")
-        stored = dict(stream_tensors(path, WorkspaceError))
+        stored = dict(stream_tensors(_state_file(workspace, stopped["step"]), WorkspaceError))
         resumed = Progress.of(stored, stopped["step"], stopped["losses"])
     learned = learn_basis(
         model, target.views, options, codec, specs, batches, seed, workspace.events, save=save, resumed=resumed
@@ -153,8 +155,8 @@ def learn_checkpoint(
     write_tensors(path, {name: tensor.cpu() for name, tensor in learned.tensors.items()})
     workspace.commit(UNIT, [path], learned.figures)
     workspace.drop(STATE)
-    for place in (0, SAVE_EVERY):
-        _file(workspace, f"{STATE}.{place}").unlink(missing_ok=True)
+    for step in (0, SAVE_EVERY):
+        _state_file(workspace, step).unlink(missing_ok=True)
     return learned
 
 
@@ -167,6 +169,11 @@ def rows_of(batches: Sequence[Batch], rows: int) -> list[Batch]:
     if len({one.shape[1] for one in ids}) > 1:
         return list(batches)
     return [{"input_ids": part} for part in torch.cat(ids).split(rows)]
+
+
+def _state_file(workspace: Workspace, step: int) -> Path:
+    """Two in turn: the one that the manifest names is never written over."""
+    return _file(workspace, f"{STATE}.{step % (2 * SAVE_EVERY)}")
 
 
 def _file(workspace: Workspace, unit: str) -> Path:

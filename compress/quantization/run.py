@@ -76,10 +76,8 @@ def quantize_checkpoint(
     blocks = by_block(target.views)
     how: dict[str, Any] = {"transform": target.transform}
     if isinstance(transform, Ost):
-        if calibration is None:
-            raise UsageError("A transform is learned from data.", remedy="Name some with --data.")
         learned = learn_checkpoint(target, transform, codec, specs, calibration, workspace, seed, trust_remote_code)
-        target = open_target(source, trust_remote_code, transform, seed, learned.tensors)
+        target = target.learned(learned.tensors)
         how["learning"] = learned.figures
     for name, like in target.fold.added.items():
         workspace.events.emit("note", text=f"'{like}' no longer stands for '{name}', which is a tensor of its own.")

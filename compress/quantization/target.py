@@ -7,7 +7,7 @@ because the same plan of entries is what the writer follows.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -71,6 +71,10 @@ class Target:
         """Those of a matrix of the target set."""
         return view_signs(view, self.mixing[view.name], self.seed)
 
+    def learned(self, tensors: Mapping[str, Tensor]) -> Target:
+        """The same, changed by what `Ost` learned."""
+        return replace(self, fold=learned_fold(self.fold, tensors, self.seed, self.read_original))
+
     @property
     def weights(self) -> int:
         """Weights of the target set."""
@@ -91,10 +95,8 @@ def open_target(
     trust_remote_code: bool = False,
     transform: Transform = NOTHING,
     seed: int = 0,
-    learned: Mapping[str, Tensor] | None = None,
 ) -> Target:
-    """Read config and headers of the model in `source`, which `transform` is to change with signs from `seed`, and
-    `Ost` with the tensors that it `learned`.
+    """Read config and headers of the model in `source`, which `transform` is to change with signs from `seed`.
 
     Raises `ModelError` for a model that is damaged, already quantized, of unknown structure, mixture-of-experts, or
     whose checkpoint lacks a matrix of the target set or has it in another shape.
@@ -106,7 +108,7 @@ def open_target(
     views = matrices(model)
     require_linear(views)
     stored = stored_names(checkpoint.names(), model)
-    change = transformed(model, views, transform, seed, lambda name: checkpoint.read(stored[name]), learned)
+    change = transformed(model, views, transform, seed, lambda name: checkpoint.read(stored[name]))
     target = Target(
         source=source,
         checkpoint=checkpoint,
@@ -141,11 +143,10 @@ def transformed(
     transform: Transform,
     seed: int,
     read: Read,
-    learned: Mapping[str, Tensor] | None = None,
 ) -> Change:
     """What `transform` does to `model`, which may be on the meta device, and its matrices `views`. `read` gives the
-    original tensor of a parameter. Without the tensors that `Ost` `learned` the change is the one it starts with: the
-    same parameters change, and the same matrices are mixed.
+    original tensor of a parameter. That of `Ost` is the one it starts with: the same parameters change, and the same
+    matrices are mixed, as when it has learned (`learned_fold`).
 
     Raises `ModelError` for a model that has no place for what `Ost` learns.
     """
@@ -158,13 +159,18 @@ def transformed(
         scalings = require_places(model, sites, transform)
         resting = learned_shapes(sites, scalings, transform.parts)
         tensors = {name: torch.zeros(shape) for name, shape in resting.items() if not is_rotation(name)}
-        basis = learned_basis(sites, scalings, tensors if learned is None else learned, seed)
+        basis = learned_basis(sites, scalings, tensors, seed)
     fold = make_fold(basis, read)
     if isinstance(transform, Auto) and fold.added:
         return unchanged(views)
     online = not isinstance(transform, Ost) or transform.online
     text = transform.text if isinstance(transform, Ost) else Hadamard.name
     return Change(fold, online_mixing(views, sites) if online else nothing, text)
+
+
+def learned_fold(start: Fold, tensors: Mapping[str, Tensor], seed: int, read: Read) -> Fold:
+    """The fold of the `tensors` that `Ost` learned, in the places of the one it started with."""
+    return make_fold(learned_basis(start.basis.sites, start.basis.scalings, tensors, seed), read)
 
 
 def unchanged(views: Sequence[MatrixView]) -> Change:
