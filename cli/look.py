@@ -19,13 +19,16 @@ from .options import checked, device_option, json_option, shown, trust_option
 
 verbose_option = click.option("-v", "--verbose", is_flag=True, help="A traceback of errors.")
 
+SHOWN = 8
+"""Names of a long list that are printed."""
 
-@click.command("eval", cls=Guarded, short_help="Measure a model on text.")
+
+@click.command("eval", cls=Guarded, short_help="Measure a model on text or images.")
 @click.argument("model", metavar="M")
 @click.option("--reference", metavar="M", default=None, help="Compare logits with this model's.")
-@click.option("--data", metavar="D", multiple=True, required=True, help="Text; several are chained.")
-@shown("--context", 256, "Tokens per window.", int)
-@click.option("--limit", type=int, default=None, help="Tokens at most.")
+@click.option("--data", metavar="D", multiple=True, required=True, help="Text, several are chained; or images.")
+@shown("--context", 256, "Tokens per window of text.", int)
+@click.option("--limit", type=int, default=None, help="Tokens, or images, at most.")
 @click.option("--activations", type=int, default=None, help="Bits of the matrices' inputs, 2 to 8.  [default: all]")
 @click.option("--kv", type=int, default=None, help="Bits of keys and values, 2 to 8.  [default: all]")
 @click.option("--kv-group", type=int, default=None, help="Channels with a common scale.  [default: a head]")
@@ -49,8 +52,8 @@ def evaluate(
     as_json: bool,
     verbose: bool,
 ) -> None:
-    """Measure model M on text: perplexity, bits per byte, and how far it is from a reference. M, and never the
-    reference, may have activations, keys and values rounded to few bits while it runs."""
+    """Measure model M on text (perplexity, bits per byte) or images (accuracy), and how far it is from a reference. M,
+    and never the reference, may have activations, keys and values rounded to few bits while it runs."""
     from compress.recipe import EvaluateRecipe
     from compress.reporting.evaluate import evaluate as measure
 
@@ -95,6 +98,9 @@ def inspect(folder: Path, as_json: bool, verbose: bool) -> None:
         click.echo(json.dumps({**figures, "matrices": matrices}, indent=1, ensure_ascii=False))
         return
     click.echo(table(list(matrices[0]), [list(matrix.values()) for matrix in matrices]))
+    named = figures["ignore"]
+    more = f" and {len(named) - SHOWN} more (--json)" if len(named) > SHOWN else ""
+    figures["ignore"] = ", ".join(named[:SHOWN]) + more
     click.echo(f"\n{figures_text(figures)}")
 
 
@@ -153,10 +159,9 @@ def _losses() -> list[dict[str, Any]]:
 
 
 def _data() -> list[str]:
-    return [
-        "builtin:python/train", "builtin:python/val", "packages:NAME,NAME", "text:FILE", "json:FILE#FIELD",
-        "csv:FILE#FIELD,FIELD",
-    ]  # fmt: skip
+    from compress.data.sources import KINDS
+
+    return list(KINDS)
 
 
 def _models() -> list[str]:

@@ -24,7 +24,7 @@ def main() -> None:
     """Make large models small: distil a student from a teacher, give its weights few bits, write a file that runs.
 
     A model M is a folder, a hub id, builtin:teacher or builtin:student. Data D is builtin:python/train,
-    builtin:python/val, text:FILE, json:FILE#FIELD or csv:FILE#FIELD,FIELD.
+    builtin:python/val, text:FILE, json:FILE#FIELD, images:FOLDER or another of `compress list data`.
 
     \b
     compress quantize builtin:teacher --bits 3.25 --out small

@@ -59,9 +59,12 @@ seed_option = shown("--seed", 0, "Seed of everything random.", int)
 
 calibration_options = stack(
     click.option(
-        "--data", metavar="D", multiple=True, help="Text for calibration; several are chained. None: data-free."
+        "--data",
+        metavar="D",
+        multiple=True,
+        help="Text (several are chained) or images for calibration. None: data-free.",
     ),
-    shown("--rows", 128, "Rows of calibration data.", int),
+    shown("--rows", 128, "Rows of text, or images.", int),
     click.option("--context", type=int, default=None, help="Tokens of a row.  [default: 256, or what the model takes]"),
 )
 
@@ -86,7 +89,9 @@ transform_options = stack(
 
 quantize_options = stack(
     click.argument("model", metavar="M"),
-    click.option("--bits", type=float, required=True, help="Bits per weight, everything stored counted."),
+    click.option(
+        "--bits", type=float, help="Bits per weight, everything stored counted.  [default: the codec's only rate]"
+    ),
     shown("--codec", "half_pyramid", "How a matrix becomes bits.", metavar="NAME[:k=v,...]"),
     calibration_options,
     click.option(
@@ -101,6 +106,9 @@ quantize_options = stack(
         "What is done before rounding: none, hadamard, ost (learned), or auto: hadamard for calibrated half_pyramid "
         "if no head is untied.",
         metavar="NAME[:k=v,...]",
+    ),
+    click.option(
+        "--towers", is_flag=True, help="Quantize what reads images or sound beside a language model too (without data)."
     ),
     shown("--memory", "2GB", "Hidden states kept in memory; the rest on disk.", metavar="SIZE"),
     place_options,

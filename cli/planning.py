@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -18,18 +19,28 @@ out_option = click.option(
     "--out", type=click.Path(), default="result", show_default=True, help="Folder that the result would have."
 )
 
+UNPLANNED = ("eval", "export", "inspect", "list")
+"""Words that a person may try here: commands that run no stages worth a plan."""
+
 
 class PlanGroup(click.Group):
     """Takes `quantize ...` and `distill ...` as their commands do; options of theirs without the word; or a recipe."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        if args and args[0] not in ("-h", "--help") and args[0] not in self.commands:
+        if args[:1] == ["run"]:
+            args = ["recipe", *args[1:]]
+        elif args and args[0] in UNPLANNED and not Path(args[0]).exists():
+            raise click.UsageError(
+                f"`compress {args[0]}` has no plan. `compress plan` takes a recipe, quantize, transform or distill.",
+                ctx,
+            )
+        elif args and args[0] not in ("-h", "--help") and args[0] not in self.commands:
             args = [self._meant(args), *args]
         return super().parse_args(ctx, args)
 
     def _meant(self, args: list[str]) -> str:
         names = {argument.partition("=")[0] for argument in args}
-        if "--bits" in names:
+        if names & {"--bits", "--codec"}:
             return "quantize"
         return "distill" if "--student" in names else "recipe"
 
@@ -39,7 +50,7 @@ def plan() -> None:
     """Print what would be done: stages, matrices, bits, bytes, memory. Run nothing.
 
     \b
-    compress plan RECIPE [--set a.b=value ...] [--json]
+    compress plan [run] RECIPE [--set a.b=value ...] [--json]
     compress plan quantize M --bits 3.25 [the options of compress quantize] [--json]
     compress plan transform M --data D [the options of compress transform] [--json]
     compress plan distill --teacher M --student M [the options of compress distill] [--json]

@@ -52,7 +52,8 @@ def entry_text(entry: str | Mapping[str, Any]) -> str:
             f"{name} (to {most:g} bits)" if most < high else name for name, (_, most) in entry["containers"].items()
         )
         carried = carried or "no stock container with these options"
-        needs = f"  ({low:g} to {high:g} bits a weight before row scales; exact in: {carried})"
+        rates = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+        needs = f"  ({rates} bits a weight before scales; exact in: {carried})"
     head = f"{entry['name']}{':' if options else ''}{options}"
     return "\n".join([head, *textwrap.wrap(entry["is"] + needs, 112, initial_indent="    ", subsequent_indent="    ")])
 
@@ -104,13 +105,17 @@ def _sizes(plan: Plan) -> str:
         figures = plan.quantization
         lines += [
             f"bytes                 {figures.model_bytes:,}",
-            f"bits_per_weight       {figures.bits_per_weight:.4f} (asked: {figures.bits_target:g})",
+            f"bits_per_weight       {figures.bits_per_weight:.4f} ({_asked(figures.bits_target)})",
             f"model_bits_per_weight {figures.model_bits_per_weight:.4f}",
         ]
     for data in plan.data:
         digest = f", sha256 {str(data['sha256'])[:16]}" if "sha256" in data else ""
         lines.append(f"data                  {data['spec']} ({data['origin']}{digest})")
     return "\n".join([*lines, f"backend               {plan.backend}", f"work folder           {plan.work}"])
+
+
+def _asked(bits: float | None) -> str:
+    return "the codec's only rate" if bits is None else f"asked: {bits:g}"
 
 
 def report_text(report: Mapping[str, Any]) -> str:

@@ -88,7 +88,7 @@ def quantize(restart: bool, as_json: bool, quiet: bool, verbose: bool, **options
 
 @click.command(cls=Guarded, short_help="Write a model in another format.")
 @click.argument("folder", metavar="DIR")
-@click.option("--to", type=click.Choice(["onnx"]), required=True, help="Format.")
+@click.option("--to", type=click.Choice(["onnx", "bitsandbytes"]), required=True, help="Format.")
 @trust_option
 @out_option
 @run_options

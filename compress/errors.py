@@ -8,7 +8,11 @@ exits with `exit_code`: 1 when the work failed, 2 when the request itself was wr
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+LONGEST_MESSAGE = 2000
+"""Characters of a message; it may repeat what a file says, and files may say a lot."""
 
 
 class CompressError(Exception):
@@ -17,9 +21,9 @@ class CompressError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, remedy: str = "") -> None:
-        super().__init__(f"{message} {remedy}".rstrip())
-        self.message = message
-        self.remedy = remedy
+        self.message = printable(message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]}...")
+        self.remedy = printable(remedy)
+        super().__init__(f"{self.message} {self.remedy}".rstrip())
 
 
 class UsageError(CompressError):
@@ -68,6 +72,34 @@ class DependencyError(CompressError):
             f"The package '{package}' is not installed.",
             remedy=f'Install it with: pip install "model-compress[{extra}]".',
         )
+
+
+LONGEST_QUOTE = 120
+"""Characters of a name or value from a file that a message repeats."""
+
+
+def printable(text: str) -> str:
+    """`text` with control characters (but for ends of lines) and lone surrogates escaped: a name in a hostile file can
+    then neither steer the terminal nor make printing itself fail."""
+    return "".join(
+        mark if mark.isprintable() or mark == "\n" else mark.encode("unicode_escape").decode() for mark in text
+    )
+
+
+def quoted(value: object) -> str:
+    """`value` from a file as a message shows it: in quotes if it is text, on one line, cut when it is long."""
+    text = repr(value if not isinstance(value, str) else value[: LONGEST_QUOTE + 1])
+    return text if len(text) <= LONGEST_QUOTE + 2 else f"{text[:LONGEST_QUOTE]}..."
+
+
+@contextmanager
+def located(place: object, kind: type[CompressError], remedy: str) -> Iterator[None]:
+    """Within the block a `CompressError` is raised again as a `kind` about `place`, for code that knows what is wrong
+    and not where. `remedy` is for an error that has none of its own."""
+    try:
+        yield
+    except CompressError as error:
+        raise kind(f"'{place}': {error.message}", remedy=error.remedy or remedy) from error
 
 
 def nearest(word: str, known: Iterable[str], lead: str) -> str:

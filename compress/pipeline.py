@@ -201,6 +201,8 @@ def _quantize(task: Task) -> dict[str, Any]:
     asked, planned = task.recipe.quantize, task.plan.quantization
     assert asked is not None
     assert planned is not None
+    for guess in planned.guesses:
+        task.workspace.events.emit("note", text=guess)
     method = codec(asked.codec.name, **asked.codec.options)
     specs = {matrix.name: replace(method.spec(matrix.width), mixing=matrix.mixing) for matrix in planned.matrices}
     calibration = None
@@ -225,6 +227,7 @@ def _quantize(task: Task) -> dict[str, Any]:
         calibration=calibration,
         transform=parse_transform(planned.transform),
         seed=task.recipe.seed,
+        towers=asked.towers,
         bits_target=asked.bits,
         max_shard_bytes=asked.max_shard_bytes,
         trust_remote_code=task.recipe.trust_remote_code,
@@ -268,16 +271,18 @@ def _transform(task: Task) -> dict[str, Any]:
 
 
 def _export(task: Task) -> dict[str, Any]:
-    from compress.exporters import build_onnx
+    from compress.exporters import BUILDERS, DTYPES
     from compress.modeling.loading import load_model
 
     unit = task.stage.name
     record = task.workspace.published(unit, task.out)
     if record is not None:
         return record
-    model = load_model(task.source, trust_remote_code=task.recipe.trust_remote_code)
+    to = unit.partition(":")[2]
+    task.workspace.events.emit("note", text=f"export: loading '{task.source}'")
+    model = load_model(task.source, dtype=DTYPES[to], trust_remote_code=task.recipe.trust_remote_code)
     staged = stage_beside(task.out)
-    report = build_onnx(model, staged, tokenizer_from=resolve_model(task.source), events=task.workspace.events)
+    report = BUILDERS[to](model, staged, tokenizer_from=resolve_model(task.source), events=task.workspace.events)
     seal(staged)
     task.workspace.publish(unit, staged, task.out, report.to_dict())
     return report.to_dict()

@@ -14,17 +14,23 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
 import compress
-from compress.errors import ArtifactError, UsageError, WorkspaceError
+from compress.errors import ArtifactError, UsageError, WorkspaceError, quoted
+from compress.plain_json import parse_json
 
 FORMAT_VERSION = 1
 ARTIFACT_MARK = "compress.json"
 """A folder that holds this file was written by us; only such a folder, or an empty one, is ever replaced."""
+
+WEIGHT_SUFFIX = ".safetensors"
+READ_BY_LOADERS = (WEIGHT_SUFFIX, ".bin", ".json", ".py", ".model", ".jinja")
+"""Files of these kinds change what a folder loads as, so none is to be there that was not sealed."""
+COPY = "Copy the folder again."
 
 Json = Any
 """Whatever `json.loads` can return."""
@@ -44,6 +50,9 @@ def disk_errors(path: Path) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             remedy = "Name a folder that you may write to."
             raise WorkspaceError(f"Cannot write '{path}': {error.strerror}.", remedy=remedy) from error
+        if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG):
+            remedy = "Name another folder, or remove what is in the way."
+            raise WorkspaceError(f"Cannot make '{path}': {error.strerror}.", remedy=remedy) from error
         raise
     except (RuntimeError, SafetensorError) as error:
         if any(words in str(error) for words in FULL_DISK):
@@ -137,21 +146,79 @@ def seal(folder: Path) -> None:
 def verify_seal(folder: Path) -> int:
     """Compare every file that `compress.json` lists with what was sealed; returns how many there are.
 
-    Raises `ArtifactError` that names the first file which is missing or changed, or the list itself.
+    Raises `ArtifactError` that names the first file which is missing, changed, or not listed although a loader would
+    read it, or the list itself. Sizes are compared before any content.
     """
+    sealed = _sealed(folder)
+    for name in sealed:
+        if not (folder / name).is_file():
+            raise ArtifactError(f"'{folder / name}' is listed in {ARTIFACT_MARK} and missing.", remedy=COPY)
+    for path in sorted(folder.iterdir()):
+        if path.suffix in READ_BY_LOADERS and path.name not in sealed and path.name != ARTIFACT_MARK:
+            raise ArtifactError(
+                f"'{path}' is not listed in {ARTIFACT_MARK}, and a loader may read it.", remedy="Move it elsewhere."
+            )
+    _compare(folder, sealed)
+    return len(sealed)
+
+
+def verify_weights(folder: Path) -> None:
+    """Compare the weight files of a sealed folder with what was sealed: a payload in which one byte is wrong is read
+    like any other, and the numbers are wrong silently. A folder without `compress.json` has nothing to compare with.
+
+    Raises `ArtifactError` that names the first file which is changed, or the list itself.
+    """
+    if (folder / ARTIFACT_MARK).is_file():
+        sealed = _sealed(folder)
+        _compare(folder, {name: sealed[name] for name in sealed if name.endswith(WEIGHT_SUFFIX)})
+
+
+def _sealed(folder: Path) -> dict[str, dict[str, Json]]:
+    """The entries of `compress.json`. Raises `ArtifactError` unless each is a file's size and sha256, in the folder."""
     path = folder / ARTIFACT_MARK
     try:
-        files = json.loads(path.read_bytes())["files"]
-        expected = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"'{path}' is damaged: {error!r}.", remedy="Copy the folder again.") from error
-    for name, (size, digest) in expected.items():
-        file = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts or not file.is_file():
-            raise ArtifactError(f"'{file}' is listed in {ARTIFACT_MARK} and missing.", remedy="Copy the folder again.")
-        if file.stat().st_size != size or file_sha256(file) != digest:
-            raise ArtifactError(f"'{file}' is not what was written: its sha256 differs.", remedy="Copy it again.")
-    return len(expected)
+        seal = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"'{path}' is damaged: {error}.", remedy=COPY) from error
+    if isinstance(seal, dict) and seal.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+        raise ArtifactError(
+            f"'{path}' has format version {quoted(seal['format_version'])}; this version reads {FORMAT_VERSION}.",
+            remedy="Install the version of model-compress that wrote it.",
+        )
+    files = seal.get("files") if isinstance(seal, dict) else None
+    if not isinstance(files, dict):
+        raise ArtifactError(f"'{path}' is damaged: it has no table 'files'.", remedy=COPY)
+    for name, entry in files.items():
+        match entry:
+            case {"bytes": int(), "sha256": str()} if is_inside(name):
+                pass
+            case _:
+                raise ArtifactError(
+                    f"'{path}' is damaged: {quoted(name)} is no file of the folder with its bytes and sha256.",
+                    remedy=COPY,
+                )
+    return files
+
+
+def is_inside(name: str) -> bool:
+    """Whether `name`, from a file, is a relative path that cannot lead out of the folder that it is relative to."""
+    path = PurePosixPath(name)
+    parts = path.parts
+    return bool(parts) and not path.is_absolute() and ".." not in parts and "\\" not in name and name.isprintable()
+
+
+def _compare(folder: Path, sealed: dict[str, dict[str, Json]]) -> None:
+    """Raise `ArtifactError` for the first file of another size, or else of another content; missing ones pass."""
+    present = {folder / name: entry for name, entry in sealed.items() if (folder / name).is_file()}
+    for path, entry in present.items():
+        if path.stat().st_size != entry["bytes"]:
+            raise ArtifactError(
+                f"'{path}' is not what was written: it has {path.stat().st_size} bytes and had {entry['bytes']}.",
+                remedy="Copy it again.",
+            )
+    for path, entry in present.items():
+        if file_sha256(path) != entry["sha256"]:
+            raise ArtifactError(f"'{path}' is not what was written: its sha256 differs.", remedy="Copy it again.")
 
 
 def file_entry(path: Path) -> dict[str, Json]:
@@ -164,6 +231,8 @@ def check_free(final: Path, overwrite: bool = False) -> None:
 
     A missing or empty folder is free. Raises `UsageError`.
     """
+    if final.is_symlink() and not final.exists():
+        raise UsageError(f"'{final}' is a link that leads nowhere.", remedy="Name another --out, or remove the link.")
     if not final.exists() or (final.is_dir() and not any(final.iterdir())):
         return
     if not final.is_dir():

@@ -26,6 +26,7 @@ from pathlib import Path
 
 from compress.errors import CompressError, WorkspaceError
 from compress.events import Events, JsonlLog
+from compress.plain_json import parse_json
 from compress.storage import (
     FORMAT_VERSION,
     Json,
@@ -41,19 +42,33 @@ from compress.storage import (
 )
 
 
-def _read_json(path: Path) -> Json:
+def _read_json(path: Path, table: str) -> dict[str, Json]:
+    """The JSON object in `path`, which has a table called `table`. Raises `WorkspaceError` for anything else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        value = parse_json(path.read_bytes())
+    except ValueError as error:
         raise WorkspaceError(f"'{path}' is damaged: {error}.", remedy="Begin anew with --restart.") from error
+    if not isinstance(value, dict) or not isinstance(value.get(table), dict):
+        raise WorkspaceError(f"'{path}' is damaged: it has no table '{table}'.", remedy="Begin anew with --restart.")
+    return value
 
 
 def _differences(stored: Mapping[str, Json], given: Mapping[str, Json]) -> list[str]:
-    """One text for each argument whose value is not the stored one."""
-    absent = "nothing"
-    names = sorted(stored.keys() | given.keys())
-    pairs = [(name, stored.get(name, absent), given.get(name, absent)) for name in names]
-    return [f"{name} was {old!r} and is now {new!r}" for name, old, new in pairs if old != new]
+    """One text for each argument whose value is not the stored one: first what was asked for, then what files hold."""
+    shared = sorted(stored.keys() & given.keys())
+    changed = [name for name in shared if stored[name] != given[name]]
+    texts = [
+        *(f"{name} was {stored[name]!r} and is now {given[name]!r}" for name in changed if not _is_contents(name)),
+        *(f"{name} was {stored[name]!r} and is not given now" for name in sorted(stored.keys() - given.keys())),
+        *(f"{name} is {given[name]!r} and was not given" for name in sorted(given.keys() - stored.keys())),
+    ]
+    plain = [text for text in texts if not _is_contents(text)]
+    return plain or [f"the {name} changed" for name in changed] or texts
+
+
+def _is_contents(name: str) -> bool:
+    """Whether an argument stands for what files hold, by a hash."""
+    return name.startswith(("files of ", "hash of "))
 
 
 class Workspace:
@@ -68,7 +83,7 @@ class Workspace:
         self.events = events
         self.overwrite = overwrite
         manifest = folder / "manifest.json"
-        self._units: dict[str, Json] = _read_json(manifest)["units"] if manifest.exists() else {}
+        self._units: dict[str, Json] = _read_json(manifest, "units")["units"] if manifest.exists() else {}
 
     @classmethod
     @contextmanager
@@ -233,14 +248,14 @@ def _settle_fingerprint(folder: Path, arguments: dict[str, Json], restart: bool)
     if not path.exists():
         write_json(path, {"format_version": FORMAT_VERSION, "overwrite": restart, "arguments": arguments})
         return restart
-    stored = _read_json(path)
-    if stored["format_version"] != FORMAT_VERSION:
+    stored = _read_json(path, "arguments")
+    if stored.get("format_version") != FORMAT_VERSION:
         raise WorkspaceError(
             f"'{folder}' was made by another version of compress.", remedy="Begin anew with --restart."
         )
     if changed := _differences(stored["arguments"], arguments):
         raise WorkspaceError(
             f"The work folder '{folder}' belongs to a run with other arguments: {'; '.join(changed)}.",
-            remedy="Use the same arguments to go on, --restart to begin anew, or another --work.",
+            remedy="Use the same arguments to go on, --restart to begin anew, or another --out (or --work).",
         )
-    return bool(stored["overwrite"])
+    return bool(stored.get("overwrite"))

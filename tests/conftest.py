@@ -8,7 +8,14 @@ import pytest
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-page", action="store_true", help="make docs/bad_input.md anew")
     parser.addoption("--real-data", type=Path, default=None, help="a folder with real models and texts for the tests")
+    parser.addoption(
+        "--transformers-overlay",
+        type=Path,
+        default=None,
+        help="a folder with another version of transformers, as `make test-5.17` has it",
+    )
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,8 @@ EXPERTS = {"num_experts": 4, "num_local_experts": 4, "moe_intermediate_size": 24
 
 def config(family: str, **changes: Any) -> transformers.PreTrainedConfig:
     """The config of a tiny model of `family` ("llama", "bert", ...); `changes` override sizes."""
-    sizes = {"bert": ENCODER, "mixtral": {**DECODER, **EXPERTS}, "qwen3_moe": {**DECODER, **EXPERTS}}
+    mixtures = {name: {**DECODER, **EXPERTS} for name in ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")}
+    sizes = {"bert": ENCODER, "clip_vision_model": SIZES, **mixtures}
     return transformers.AutoConfig.for_model(family, **{**sizes.get(family, DECODER), **changes})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import subprocess
 import sys
@@ -20,7 +21,7 @@ PACKAGE = Path(compress.__file__).parent
 CLI = next(path for path in (PACKAGE / "cli", PACKAGE.parent / "cli") if path.is_dir())
 
 LEVELS = (
-    {"errors", "events", "storage", "hardware", "hook", "ops", "modeling", "data", "losses"},
+    {"errors", "events", "storage", "plain_json", "hardware", "hook", "ops", "modeling", "data", "losses"},
     {"codecs", "transforms", "evaluation", "workspace", "recipe"},
     {"formats"},
     {"quantization"},
@@ -122,7 +123,8 @@ def test_numerics_know_no_framework(unit: str) -> None:
 
 def test_every_verb_is_callable_after_every_module_was_imported() -> None:
     for name in MODULES:
-        importlib.import_module(name)
+        if name != "compress.integrations.peft" or importlib.util.find_spec("peft") is not None:
+            importlib.import_module(name)
     for verb in compress.__all__:
         value = getattr(compress, verb)
         assert callable(value), f"compress.{verb} is a {type(value).__name__}"
@@ -138,14 +140,14 @@ main(["--help"], standalone_mode=False)
 heavy = {"torch", "transformers", "numpy", "pydantic", "yaml", "safetensors"} & set(sys.modules)
 assert not heavy, heavy
 """
-    seconds = []
-    for _ in range(5):
+    seconds: dict[str, list[float]] = {code: [], "import click": []}
+    for each in [*seconds] * 5:
         started = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        seconds.append(time.perf_counter() - started)
+        done = subprocess.run([sys.executable, "-c", each], capture_output=True, text=True, check=False)
+        seconds[each].append(time.perf_counter() - started)
         assert done.returncode == 0, done.stderr
-    assert min(seconds) < 0.3
-    assert "quantize" in done.stdout
+        assert ("quantize" in done.stdout) == (each == code)
+    assert min(seconds[code]) < 4 * min(seconds["import click"])
 
 
 def test_importing_the_package_imports_no_torch() -> None:

@@ -231,9 +231,9 @@ def test_packages_of_an_export_are_missed_before_it(monkeypatch: pytest.MonkeyPa
 def test_code_of_a_model_is_trusted_everywhere_or_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def watch(folder: Path, trust_remote_code: bool = False, *others: Any) -> Any:
+    def watch(folder: Path, trust_remote_code: bool = False, *others: Any, **more: Any) -> Any:
         asked.append(trust_remote_code)
-        return open_target(folder, trust_remote_code, *others)
+        return open_target(folder, trust_remote_code, *others, **more)
 
     monkeypatch.setattr("compress.plan.quantize.open_target", watch)
     plan(quantize={"bits": 3}, trust_remote_code=True)
@@ -281,7 +281,7 @@ def test_code_of_a_model_is_trusted_everywhere_or_nowhere(monkeypatch: pytest.Mo
         ({"quantize": {**CALIBRATED, "rounding": "ldlq:swep=2"}}, UsageError, r"Did you mean 'sweeps'\?"),
         ({"quantize": {**CALIBRATED, "rounding": "ldlq:gain=long"}}, UsageError, r"gain is 'long'"),
         ({"quantize": {**CALIBRATED, "rounding": "nearest"}}, RecipeError, r"nearest uses no data"),
-        ({"quantize": {"bits": 3, "rounding": "ldlq"}}, RecipeError, r"ldlq needs `data`"),
+        ({"quantize": {"bits": 3, "rounding": "ldlq"}}, RecipeError, r"ldlq needs data"),
         ({"quantize": {**CALIBRATED, "data": "text:nothing.txt"}}, DataError, r"nothing\.txt"),
         ({"quantize": {"bits": 3}, "device": "warp"}, UsageError, r"'warp'"),
         ({"quantize": {"bits": 3}, "device": "cuda:99"}, UsageError, r"'cuda:99'"),

@@ -73,8 +73,8 @@ def test_on_the_command_line(model: Path, tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"transform": "auto"}, "none that can be folded"),
-        ({"transform": "hadamard"}, "the transform hadamard uses no `data`"),
-        ({"data": None}, "the transform ost needs `data`"),
+        ({"transform": "hadamard"}, "the transform hadamard uses no data"),
+        ({"data": None}, "the transform ost needs data"),
         ({"bits": 0}, "greater than 0"),
         ({"dtype": "half"}, "'stored' or 'float32'"),
     ],

@@ -84,7 +84,7 @@ def test_other_arguments_are_refused_by_name_with_both_values(tmp_path: Path) ->
         Workspace.open(tmp_path / "w", {**ARGUMENTS, "quantize.bits": 3.0, "seed": 1}),
     ):
         pass
-    assert "seed was 'nothing' and is now 1" in str(caught.value)
+    assert "seed is 1 and was not given" in str(caught.value)
     assert "model" not in caught.value.message
     with Workspace.open(tmp_path / "w", {"model": "other"}, restart=True) as work:
         assert work.units() == ()

@@ -24,11 +24,18 @@ import torch
 from torch import Tensor
 
 from compress.codecs.registry import codec_of
-from compress.errors import ArtifactError, CodecError, UsageError
+from compress.errors import ArtifactError, CodecError, UsageError, quoted
 from compress.transforms.matrices import unmix_weight
 from compress.transforms.signs import MIXINGS, Signs, mixed_sides, pack_signs, sign_bytes, unpack_signs
 
 Option = int | float | str | bool
+
+MOST_BITS = 2**20
+"""No code is wider, and no group has more columns, than this."""
+LARGEST_SCALE = 2.0**103
+"""Of all factors of a weight that are stored as floats: it leaves 2^24 for integers, levels and sums of a mixed basis
+before float32 overflows."""
+RESTORE = "Restore the config.json of the artifact."
 
 
 @dataclass(frozen=True)
@@ -65,15 +72,25 @@ class CodecSpec:
         kinds: dict[str, type] = {"codec": str, "width": int, "dim": int, "options": Mapping, "mixing": str}
         for name in data:
             if name not in kinds:
-                raise ArtifactError(f"A codec's description has an unknown field '{name}'.")
+                raise _no_spec(f"an unknown field {quoted(name)}")
         for name, kind in kinds.items():
             if name not in data:
-                raise ArtifactError(f"A codec's description lacks the field '{name}'.")
+                raise ArtifactError(f"A codec's description lacks the field '{name}'.", remedy=RESTORE)
             if not isinstance(data[name], kind) or isinstance(data[name], bool):
-                raise ArtifactError(f"A codec's description has {data[name]!r} as its '{name}'.")
+                raise _no_spec(f"{quoted(data[name])} as its '{name}'")
+        for name in ("width", "dim"):
+            if not 0 < data[name] <= MOST_BITS:
+                raise _no_spec(f"{quoted(data[name])} as its '{name}'")
+        for option, value in data["options"].items():
+            if not isinstance(value, (int, float, str, bool)) or value != value:
+                raise _no_spec(f"{quoted(value)} as the option {quoted(option)}")
         if data["mixing"] not in MIXINGS:
-            raise ArtifactError(f"A codec's description has {data['mixing']!r} as its 'mixing'.")
+            raise _no_spec(f"{quoted(data['mixing'])} as its 'mixing'")
         return cls(**{name: data[name] for name in kinds})
+
+
+def _no_spec(what: str) -> ArtifactError:
+    return ArtifactError(f"A codec's description has {what}.", remedy=RESTORE)
 
 
 @dataclass(frozen=True)
@@ -122,7 +139,7 @@ class QuantizedMatrix:
     @classmethod
     def from_payload(cls, spec: CodecSpec, shape: tuple[int, int], payload: Tensor) -> Self:
         """The matrix whose `payload()` this is. Raises `ArtifactError` unless type and length are exactly right and
-        all scales are finite and not negative."""
+        all scales are finite, not negative, and not so large that a weight might not be finite."""
         layout = (*codec_of(spec).layout(spec, shape), *sign_layout(spec, shape))
         needed = sum(part.nbytes for part in layout)
         if payload.dtype != torch.int8 or payload.ndim != 1 or payload.numel() != needed:
@@ -132,7 +149,7 @@ class QuantizedMatrix:
                 remedy="The file is damaged or belongs to another model.",
             )
         tensors: dict[str, Tensor] = {}
-        start = 0
+        start, largest = 0, 1.0
         for part in layout:
             piece = payload[start : start + part.nbytes]
             piece = piece if part.dtype.itemsize == 1 else piece.clone()  # which may lie at an odd place
@@ -142,7 +159,14 @@ class QuantizedMatrix:
                     f"A {spec.codec} matrix has scales ('{part.name}') that are no finite, positive numbers.",
                     remedy="The file is damaged.",
                 )
+            if tensor.is_floating_point() and tensor.numel():
+                largest *= max(1.0, float(tensor.max()))
             start += part.nbytes
+        if largest > LARGEST_SCALE:
+            raise ArtifactError(
+                f"A {spec.codec} matrix has scales whose product reaches {largest:.0e}: its weights would overflow.",
+                remedy="The file is damaged.",
+            )
         return cls(spec, shape, tensors)
 
     @property

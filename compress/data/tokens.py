@@ -1,8 +1,9 @@
 """From documents to rows of token ids.
 
 The documents of a source are tokenized without special tokens and joined by the tokenizer's end-of-text token into one
-stream; the stream is cut into rows of `context` tokens without overlap. Beside each token stands the number of UTF-8
-bytes of text that it adds, so that a loss in nats per token becomes bits per byte whatever the tokenizer.
+stream (a chat whose template ends with that token gets no other); the stream is cut into rows of `context` tokens
+without overlap. Beside each token stands the number of UTF-8 bytes of text that it adds, so that a loss in nats per
+token becomes bits per byte whatever the tokenizer.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from compress.data.base import TextSource
+from compress.data.rendering import render
 from compress.errors import DataError
 
 if TYPE_CHECKING:
@@ -66,17 +68,20 @@ def tokenize(source: TextSource, tokenizer: PreTrainedTokenizerBase, max_tokens:
     ids: list[Tensor] = []
     sizes: list[Tensor] = []
     total = 0
+    closed = True
     for document in source.documents():
-        if ids and separator is not None:
+        if not closed and separator is not None:
             ids.append(torch.tensor([separator]))
             sizes.append(torch.zeros(1, dtype=torch.int64))
+        text = render(document, tokenizer)
         encoded = tokenizer(
-            document.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False, truncation=False
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False, truncation=False
         )
         ids.append(torch.tensor(encoded["input_ids"], dtype=torch.int64))
         ends = [end for _, end in encoded["offset_mapping"]]
-        sizes.append(torch.tensor(_byte_lengths(document.text, ends), dtype=torch.int64))
+        sizes.append(torch.tensor(_byte_lengths(text, ends), dtype=torch.int64))
         total += len(ids[-1])
+        closed = bool(document.messages) and encoded["input_ids"][-1:] == [separator]
         if max_tokens is not None and total >= max_tokens:
             break
     if total == 0:

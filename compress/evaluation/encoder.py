@@ -1,18 +1,21 @@
 """How far an encoder's sentence embeddings are from a reference's.
 
 An embedding is the mean of the last hidden states over the tokens that are not padding. `cosine` is the mean over the
-documents of the cosine between the model's and the reference's embedding of the same document.
+documents of the cosine between the model's and the reference's embedding of the same document. A pair of sentences is
+one document, which the encoder reads as its tokenizer joins pairs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from compress.data import TextSource
+from compress.data import Document, TextSource
+from compress.data.rendering import encode, is_like
 from compress.errors import DataError
 
 if TYPE_CHECKING:
@@ -28,6 +31,17 @@ def embed(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
     return (hidden * mask).sum(1) / mask.sum(1)
 
 
+def _batches(documents: Sequence[Document], size: int) -> Iterator[list[Document]]:
+    """Documents in order, in runs of at most `size` that a tokenizer takes together."""
+    run: list[Document] = []
+    for document in documents:
+        if run and (len(run) == size or not is_like(run[0], document)):
+            yield run
+            run = []
+        run.append(document)
+    yield run
+
+
 @torch.inference_mode()
 def evaluate_encoder(
     model: PreTrainedModel,
@@ -41,23 +55,21 @@ def evaluate_encoder(
 ) -> dict[str, float | int]:
     """`cosine` over the documents of `source`, each cut to `context` tokens: the first that have at most `limit` tokens
     in all."""
-    texts: list[str] = []
+    documents: list[Document] = []
     tokens = 0
     for document in source.documents():
-        length = len(tokenizer(document.text, truncation=True, max_length=context)["input_ids"])
+        length = len(encode([document], tokenizer, context)["input_ids"][0])
         if limit is not None and tokens + length > limit:
             break
-        texts.append(document.text)
+        documents.append(document)
         tokens += length
-    if not texts:
+    if not documents:
         raise DataError(
             f"No document of '{source.spec}' fits into the limit.", remedy="Name a source with text, or a larger limit."
         )
     cosines: list[float] = []
-    for start in range(0, len(texts), batch):
-        inputs = tokenizer(
-            texts[start : start + batch], padding=True, truncation=True, max_length=context, return_tensors="pt"
-        )
-        pair = (embed(model, dict(inputs)), embed(reference, dict(inputs)))
+    for run in _batches(documents, batch):
+        inputs = encode(run, tokenizer, context, padding=True, return_tensors="pt")
+        pair = (embed(model, inputs), embed(reference, inputs))
         cosines += F.cosine_similarity(*pair).double().tolist()
     return {"cosine": sum(cosines) / len(cosines), "documents": len(cosines), "tokens": tokens}

@@ -1,7 +1,19 @@
 """Models in files that other runtimes run, checked by running them there."""
 
 from compress.exporters.base import ExportReport
+from compress.exporters.bitsandbytes import build_bitsandbytes, export_bitsandbytes
 from compress.exporters.onnx import OnnxOptions, build_onnx, export_onnx
-from compress.exporters.registry import export, export_names
+from compress.exporters.registry import BUILDERS, DTYPES, export, export_names
 
-__all__ = ["ExportReport", "OnnxOptions", "build_onnx", "export", "export_names", "export_onnx"]
+__all__ = [
+    "BUILDERS",
+    "DTYPES",
+    "ExportReport",
+    "OnnxOptions",
+    "build_bitsandbytes",
+    "build_onnx",
+    "export",
+    "export_bitsandbytes",
+    "export_names",
+    "export_onnx",
+]

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compress.errors import ExportError
+from compress.errors import CodecError, ExportError
 from compress.quantization.matrix import relative_error
 
 if TYPE_CHECKING:
@@ -71,13 +71,14 @@ class Container:
 
 def container_of(matrix: QuantizedMatrix) -> Container:
     """The container of a matrix: exact where its groups are whole blocks, else rounded to 8 bits. So is a mixed
-    matrix, since the operator multiplies in the original basis."""
+    matrix, since the operator multiplies in the original basis, and one of values from a table."""
     rows, columns = matrix.shape
     if not rows or not columns:
         raise ExportError(f"A matrix of {rows} x {columns} has no weights to export.")
-    if matrix.spec.mixing != "none":
+    try:
+        integers, scales = matrix.integers()
+    except CodecError:  # no such product, of which codes that are damaged have none either
         return rounded(matrix.dequantize())
-    integers, scales = matrix.integers()
     group = integers.shape[1] // scales.shape[1]
     if scales.shape[1] == 1:
         group = -(-group // ROUNDED_BLOCK) * ROUNDED_BLOCK
@@ -104,15 +105,21 @@ def numbers_of(integers: Tensor) -> tuple[int, Tensor]:
 
 
 def rounded(weight: Tensor) -> Container:
-    """W float32 [o, n] in blocks of 32 integers of 8 bits, scale = max |w| / 127 of the block."""
+    """W float32 [o, n] in blocks of 32 integers of 8 bits."""
+    (rows, columns), (integers, scales) = weight.shape, rounded_integers(weight)
+    codes = pack(integers.to(torch.int16) + 128, 8)
+    container = Container(8, ROUNDED_BLOCK, rows, columns, codes, scales)
+    return replace(container, error=relative_error(weight, container.weight()))
+
+
+def rounded_integers(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """W float32 [o, n] as int8 [o, ceil(n / 32), 32], zeros at the end, times float32 [o, ceil(n / 32)], which is
+    max |w| / 127 of the block."""
     rows, columns = weight.shape
     blocks = -(-columns // ROUNDED_BLOCK)
     padded = functional.pad(weight, (0, blocks * ROUNDED_BLOCK - columns)).view(rows, blocks, ROUNDED_BLOCK)
     scales = padded.abs().amax(2) / 127
-    integers = torch.round(padded / torch.where(scales > 0, scales, 1).unsqueeze(-1)).to(torch.int8)
-    codes = pack(integers.to(torch.int16) + 128, 8)
-    container = Container(8, ROUNDED_BLOCK, rows, columns, codes, scales)
-    return replace(container, error=relative_error(weight, container.weight()))
+    return torch.round(padded / torch.where(scales > 0, scales, 1).unsqueeze(-1)).to(torch.int8), scales
 
 
 def pack(numbers: Tensor, bits: int) -> Tensor:

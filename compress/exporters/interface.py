@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
+from compress.data.pixels import channels_of
 from compress.errors import ExportError
+from compress.exporters.images import image_size_of
 from compress.exporters.onnx_modules import DecoderGraph, EncoderGraph
+from compress.modeling.loading import kind_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Kind = Literal["decoder", "encoder", "image"]
 ENCODER_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 # a batch of one would be taken for a constant, and so would two equal lengths be taken for the same axis
 BATCH, FRESH, PAST = 2, 3, 5
+ANY_SIZES = ((64, 96), (96, 64))
+"""Images that a model of images of any size is traced and verified with."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,7 @@ class DecoderInterface:
 
     caches: tuple[tuple[int, int], ...]
     vocab_size: int
+    kind: Kind = "decoder"
 
     @property
     def past_names(self) -> list[str]:
@@ -68,6 +77,7 @@ class EncoderInterface:
     output_shape: list[str | int]
     token_types: int
     vocab_size: int
+    kind: Kind = "encoder"
 
     @property
     def output_shapes(self) -> dict[str, list[str | int]]:
@@ -85,10 +95,80 @@ class EncoderInterface:
         return tuple({**values, "attention_mask": torch.ones(BATCH, FRESH, dtype=torch.int64)}.values())
 
 
-def interface_of(model: PreTrainedModel) -> DecoderInterface | EncoderInterface:
-    """The interface of `model`, read off its forward function and one small run. Raises `ExportError`."""
-    accepted = inspect.signature(model.forward).parameters
-    return _decoder(model, set(accepted)) if model.can_generate() else _encoder(model, set(accepted))
+@dataclass(frozen=True)
+class ImageInterface:
+    """An image model's tensors: images of `channels` and of one `size` (height, width), None for any; the name and
+    shape of its one output."""
+
+    channels: int
+    size: tuple[int, int] | None
+    output: str
+    output_shape: list[str | int]
+    input_names: tuple[str, ...] = ("pixel_values",)
+    kind: Kind = "image"
+
+    @property
+    def output_shapes(self) -> dict[str, list[str | int]]:
+        return {self.output: self.output_shape}
+
+    @property
+    def dynamic_shapes(self) -> tuple[Any, ...]:
+        free = {0: "batch"} if self.size else {0: "batch", 2: "height", 3: "width"}
+        return ((free,),)
+
+    def graph(self, model: PreTrainedModel) -> nn.Module:
+        return EncoderGraph(model, self.input_names, self.output)
+
+    def example(self) -> tuple[Tensor, ...]:
+        return (torch.zeros(BATCH, self.channels, *(self.size or ANY_SIZES[0])),)
+
+
+Interface = DecoderInterface | EncoderInterface | ImageInterface
+
+
+def interface_of(
+    model: PreTrainedModel, folder: Path | None = None, image_size: tuple[int, int] | None = None
+) -> Interface:
+    """The interface of `model`, read off its forward function and one small run. Images have `image_size` (height,
+    width), or what `image_size_of` finds. Raises `ExportError`."""
+    accepted = set(inspect.signature(model.forward).parameters)
+    kind = kind_of(model)
+    if kind == "image":
+        return _image(model, image_size or image_size_of(model, folder))
+    return _decoder(model, accepted) if kind == "causal" else _encoder(model, accepted)
+
+
+@torch.no_grad()
+def _image(model: PreTrainedModel, size: tuple[int, int] | None) -> ImageInterface:
+    channels = channels_of(model.config)
+    result = _small_run(model, pixel_values=torch.zeros(1, channels, *(size or ANY_SIZES[0])))
+    tensors = {name: value for name, value in result.items() if isinstance(value, Tensor)}
+    logits = tensors.get("logits")
+    if logits is not None and (logits.ndim == 2 or list(tensors) == ["logits"]):
+        output = "logits"
+    elif logits is None and "last_hidden_state" in tensors:
+        output = "last_hidden_state"
+    else:
+        raise ExportError(
+            f"{type(model).__name__} returns {', '.join(result)}: neither classes nor hidden states.",
+            remedy="Supported are image classifiers, and models that return a last_hidden_state.",
+        )
+    shape = tensors[output].shape[1:]
+    free = ["rows", "columns"] if size is None and len(shape) == 3 else []
+    return ImageInterface(channels, size, output, ["batch", *shape[: len(shape) - len(free)], *free])
+
+
+def _small_run(model: PreTrainedModel, **inputs: Tensor) -> Mapping[str, Any]:
+    """What `model` makes of `inputs`. Raises `ExportError` where it needs others."""
+    try:
+        result: Mapping[str, Any] = model(**inputs)
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        given = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
+        raise ExportError(
+            f"{type(model).__name__} does not run on {given} alone: {str(error).strip().partition(chr(10))[0]}",
+            remedy="Supported are models of text alone or of images alone, with image sizes as in config.json.",
+        ) from error
+    return result
 
 
 @torch.no_grad()
@@ -117,9 +197,9 @@ def _encoder(model: PreTrainedModel, accepted: set[str]) -> EncoderInterface:
     if names[:2] != ["input_ids", "attention_mask"]:
         raise ExportError(
             f"{type(model).__name__} does not take input_ids and attention_mask.",
-            remedy="Supported are decoders like Llama and encoders like BERT.",
+            remedy="Supported are decoders like Llama encoders like BERT, image models like ViT.",
         )
-    result = model(input_ids=torch.zeros(1, 2, dtype=torch.int64))
+    result = _small_run(model, input_ids=torch.zeros(1, 2, dtype=torch.int64))
     output = "logits" if "logits" in result else "last_hidden_state"
     shape: list[str | int] = ["batch", "sequence", result[output].shape[-1]]
     facts = model.config.to_dict()

@@ -1,4 +1,4 @@
-"""The modules that `torch.onnx.export` traces: a model seen from outside, and the packed product inside it.
+"""The modules that `torch.onnx.export` traces: a model seen from outside, and the packed maps inside it.
 
 A decoder is exported as a function of tensors only:
 
@@ -6,7 +6,7 @@ A decoder is exported as a function of tensors only:
         -> logits [B, T, V], present.i.key|value [B, H_kv, P + T, d]
 
 with every axis but H_kv, d and V dynamic, P = 0 (prefill) included. An encoder takes input_ids, attention_mask and,
-where the model has them, token_type_ids, all [B, T].
+where the model has them, token_type_ids, all [B, T]; an image model takes pixel_values [B, C, H, W].
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from compress.exporters.blocked import Blocked, dequantized
 from compress.exporters.containers import Container
+from compress.quantization.modules import PackedConvolution
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,6 +69,24 @@ class PackedProduct(nn.Module):
         )
 
 
+class PackedKernel(nn.Module):
+    """A convolution that exports itself as the operators of `blocked`; only for tracing, it computes nothing."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+
+    def __init__(self, blocked: Blocked, convolution: PackedConvolution) -> None:
+        super().__init__()
+        self.convolution, self.block = convolution, blocked.block
+        self.register_buffer("codes", blocked.codes)
+        self.register_buffer("scales", blocked.scales)
+        self.register_buffer("zeros", blocked.zeros)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.convolution.convolve(x, dequantized(self.codes, self.scales, self.zeros, self.block))
+
+
 class DecoderGraph(nn.Module):
     """A causal model with its cache as plain tensors: `past` is key and value of layer 0, of layer 1, ...
 
@@ -93,7 +113,7 @@ class DecoderGraph(nn.Module):
 
 
 class EncoderGraph(nn.Module):
-    """An encoder as a function of the tensors called `inputs`; returns its output called `output`."""
+    """A model without a cache as a function of the tensors called `inputs`; returns its output called `output`."""
 
     def __init__(self, model: PreTrainedModel, inputs: tuple[str, ...], output: str) -> None:
         super().__init__()
@@ -105,15 +125,20 @@ class EncoderGraph(nn.Module):
 
 
 @contextmanager
-def with_weights(model: PreTrainedModel, containers: Mapping[str, Container]) -> Iterator[None]:
+def with_weights(model: PreTrainedModel, containers: Mapping[str, Container | Blocked]) -> Iterator[None]:
     """`model` with the weights of `containers` in the modules of these names; as before when the block is left."""
     before = {name: model.get_submodule(name) for name in containers}
     try:
         for name, container in containers.items():
-            linear = nn.Linear(container.columns, container.rows, bias=False, device="meta")
-            linear.weight = nn.Parameter(container.weight(), requires_grad=False)
-            linear.register_parameter("bias", cast("nn.Parameter | None", before[name].bias))
-            model.set_submodule(name, linear)
+            packed, weight = before[name], container.weight()
+            if isinstance(packed, PackedConvolution):
+                module = packed.to_module(torch.float32)
+                weight = weight.view(module.get_parameter("weight").shape)
+            else:
+                module = nn.Linear(container.columns, container.rows, bias=False, device="meta")
+                module.register_parameter("bias", cast("nn.Parameter | None", packed.bias))
+            module.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+            model.set_submodule(name, module)
         yield
     finally:
         for name, module in before.items():
@@ -121,7 +146,7 @@ def with_weights(model: PreTrainedModel, containers: Mapping[str, Container]) ->
 
 
 @contextmanager
-def ready_to_trace(model: PreTrainedModel, products: dict[str, PackedProduct]) -> Iterator[None]:
+def ready_to_trace(model: PreTrainedModel, products: Mapping[str, nn.Module]) -> Iterator[None]:
     """`model` with `products` in place of the modules of these names, in eval mode, with attention written out (the
     fused form traces to more nodes and runs slower); all as before when the block is left."""
     training, attention = model.training, model.config._attn_implementation

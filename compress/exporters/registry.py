@@ -6,15 +6,22 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from compress.errors import UsageError, nearest
 from compress.events import Events
 from compress.exporters.base import ExportReport
-from compress.exporters.onnx import export_onnx
+from compress.exporters.bitsandbytes import build_bitsandbytes, export_bitsandbytes
+from compress.exporters.onnx import build_onnx, export_onnx
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-EXPORTERS: Mapping[str, Callable[..., ExportReport]] = {"onnx": export_onnx}
+EXPORTERS: Mapping[str, Callable[..., ExportReport]] = {"bitsandbytes": export_bitsandbytes, "onnx": export_onnx}
+BUILDERS: Mapping[str, Callable[..., ExportReport]] = {"bitsandbytes": build_bitsandbytes, "onnx": build_onnx}
+"""The same into a folder that the caller publishes."""
+DTYPES: Mapping[str, torch.dtype | None] = {"bitsandbytes": None, "onnx": torch.float32}
+"""In which a model is loaded to be exported; None keeps the stored dtype."""
 
 
 def export_names() -> list[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 
-def model_card(name: str, report: dict[str, Any]) -> str:
-    """README.md of a quantized model called `name`, with the figures of its `report`."""
+def model_card(name: str, report: dict[str, Any], architecture: str) -> str:
+    """README.md of a quantized model called `name`, with the figures of its `report`; `architecture` is its class in
+    transformers."""
     rows = [
         ("bits per weight of the quantized matrices", f"{report['bits_per_weight']:.4f}"),
         ("bits per parameter of the whole model", f"{report['model_bits_per_weight']:.4f}"),
@@ -29,9 +30,9 @@ Made with `compress` (the package `model-compress`). Load it with transformers; 
 
 ```python
 import compress
-from transformers import AutoModel, AutoModelForCausalLM  # the class that fits
+from transformers import {architecture}
 
-model = AutoModelForCausalLM.from_pretrained("this folder")
+model = {architecture}.from_pretrained("this folder")
 ```
 
 | | |

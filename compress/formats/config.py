@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from typing import Any, Self
 
 import compress
 from compress.codecs.base import CodecSpec
-from compress.errors import ArtifactError
+from compress.codecs.registry import codec_of
+from compress.errors import ArtifactError, quoted
 from compress.modeling.names import align_name
 
 QUANT_METHOD = "compress"
@@ -54,7 +56,7 @@ class QuantizationConfig:
         for name in self.specs:
             if own[name] is None:
                 raise ArtifactError(
-                    f"quantization_config names '{name}', which the model does not have.",
+                    f"quantization_config names {quoted(name)}, which the model does not have.",
                     remedy="Load the artifact with the class that config.json names in 'architectures'.",
                 )
         ignored, specs = {own[name] for name in self.ignore}, {own[name]: spec for name, spec in self.specs.items()}
@@ -79,31 +81,45 @@ class QuantizationConfig:
         """The inverse of `to_dict`. Raises `ArtifactError` for another method, version, or shape of the table."""
         if data.get("quant_method") != QUANT_METHOD:
             raise ArtifactError(
-                f"This model was not quantized by compress (its quant_method is {data.get('quant_method')!r}).",
+                f"This model was not quantized by compress (its quant_method is {quoted(data.get('quant_method'))}).",
                 remedy="Name an artifact of `compress quantize`.",
             )
-        if data.get("format_version") != FORMAT_VERSION:
+        if type(data.get("format_version")) is not int or data["format_version"] != FORMAT_VERSION:
             raise ArtifactError(
-                f"The artifact has format version {data.get('format_version')!r}; this version reads {FORMAT_VERSION}.",
+                f"The artifact has format version {quoted(data.get('format_version'))}; this version reads "
+                f"{FORMAT_VERSION}.",
                 remedy="Install the version of model-compress that wrote it, named in quantization_config.producer.",
             )
-        try:
-            default = dict(data["default"])
-            ignore = data["ignore"]
-            if not isinstance(ignore, list) or not all(isinstance(name, str) for name in ignore):
-                raise TypeError("'ignore' is no list of names")
-            specs = {name: CodecSpec.from_dict({**default, **change}) for name, change in data["modules"].items()}
-            return cls(
-                CodecSpec.from_dict(default),
-                specs,
-                tuple(ignore),
-                float(data["bits_per_weight"]),
-                str(data["producer"]),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ArtifactError(
-                f"The quantization_config of the artifact is damaged: {error!r}.", remedy="Restore its config.json."
-            ) from error
+        match data:
+            case {
+                "default": dict(default),
+                "modules": dict(modules),
+                "ignore": [*ignore],
+                "bits_per_weight": int() | float() as rate,
+                "producer": str(producer),
+            }:
+                pass
+            case _:
+                raise _damaged("it lacks default, modules, ignore, bits_per_weight or producer, or has another type")
+        if not all(isinstance(name, str) for name in ignore):
+            raise _damaged("'ignore' is no list of names")
+        if not math.isfinite(rate) or rate < 0 or isinstance(rate, bool):
+            raise _damaged(f"'bits_per_weight' is {quoted(rate)}")
+        specs = {}
+        for name, change in modules.items():
+            if not isinstance(change, dict):
+                raise _damaged(f"what it says of the module {quoted(name)} is no table")
+            specs[name] = CodecSpec.from_dict({**default, **change})
+        common = CodecSpec.from_dict(default)
+        for spec in {common, *specs.values()}:
+            codec_of(spec)
+        return cls(common, specs, tuple(ignore), float(rate), producer)
+
+
+def _damaged(what: str) -> ArtifactError:
+    return ArtifactError(
+        f"The quantization_config of the artifact is damaged: {what}.", remedy="Restore its config.json."
+    )
 
 
 def _difference(spec: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:

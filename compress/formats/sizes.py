@@ -11,8 +11,8 @@ from pathlib import Path
 
 from compress.modeling.io import Checkpoint
 from compress.modeling.loading import load_config, parameter_count, skeleton
-from compress.modeling.names import stored_names
 from compress.modeling.structure import matrices
+from compress.modeling.weights import StoredWeights
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ def model_size(folder: Path, trust_remote_code: bool = False) -> ModelSize:
     """Sizes of the model in `folder`, quantized by us or not. Raises `ModelError` for a folder that cannot be read."""
     checkpoint = Checkpoint(folder)
     model = skeleton(load_config(folder, trust_remote_code), trust_remote_code)
-    stored = stored_names(checkpoint.names(), model)
+    weights = StoredWeights(checkpoint, model)
     views = matrices(model)
-    bits = sum(8 * checkpoint.info(stored.get(name, name)).nbytes for name in {view.parameter for view in views})
+    bits = sum(8 * weights.entry(name).nbytes for name in {view.parameter for view in views})
     parameters = parameter_count(model)
     return ModelSize(
         parameters=parameters,

@@ -3,6 +3,9 @@
 transformers builds the model on the meta device; before weights are loaded, the quantizer puts a `PackedLinear` with an
 empty payload where the configuration says so, and the payloads are then loaded like any other tensor. Only hooks are
 used that are the same in transformers 5.17 and in later versions: no conversion of tensors takes place.
+
+This module is imported while transformers itself is (`compress.hook`), before there is a `PreTrainedModel`: what needs
+one is imported when a model is loaded.
 """
 
 from __future__ import annotations
@@ -14,9 +17,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from compress.errors import UsageError
 from compress.formats.config import QUANT_METHOD, QuantizationConfig
-from compress.modeling.structure import matrices
-from compress.quantization.modules import prepare_packed, unpack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,11 +43,24 @@ class CompressHfQuantizer(HfQuantizer):
     requires_calibration = True
     quantization_config: CompressConfig
 
+    def __init__(self, quantization_config: CompressConfig, **kwargs: Any) -> None:
+        if not kwargs.get("pre_quantized", True):
+            raise UsageError(
+                "compress does not quantize a model while it is loaded.",
+                remedy="Load it without quantization_config, then call compress.quantize(model).",
+            )
+        super().__init__(quantization_config, **kwargs)
+
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        modules = [view.module for view in matrices(model)]
-        prepare_packed(model, self.quantization_config.parsed().by_module(modules, model.base_model_prefix))
+        from compress.modeling.structure import matrices
+        from compress.quantization.modules import prepare_packed
+
+        places = list(dict.fromkeys(view.place for view in matrices(model, towers=True)))
+        prepare_packed(model, self.quantization_config.parsed().by_module(places, model.base_model_prefix))
 
     def _dequantize(self, model: torch.nn.Module, dtype: torch.dtype | str | None = None) -> torch.nn.Module:
+        from compress.quantization.modules import unpack
+
         return unpack(model, _as_dtype(dtype))
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -54,8 +69,8 @@ class CompressHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Packed weights receive no gradient."""
-        return False
+        """Whether adapters on top can be trained: packed weights receive no gradient, and pass on that of x."""
+        return True
 
 
 def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype:

@@ -8,18 +8,16 @@ is mapped kills the process instead of raising an error. Writing is in `writer`.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 
-from compress.errors import CompressError, ModelError
+from compress.errors import CompressError, ModelError, quoted
+from compress.modeling.folders import CONVERT, INDEX, WEIGHTS, not_a_model
 from compress.modeling.headers import TensorInfo, read_header
 from compress.modeling.layout import DTYPES
-
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+from compress.plain_json import parse_json
 
 
 class Checkpoint:
@@ -32,15 +30,16 @@ class Checkpoint:
         self.folder = folder
         self._error = error
         self._infos: dict[str, TensorInfo] = {}
-        for shard in self._shards():
+        index = self._index()
+        for shard in sorted(set(index.values())) or [WEIGHTS]:
             for name, info in read_header(folder / shard, error).items():
                 if name in self._infos:
                     raise error(
-                        f"Tensor '{name}' is in two shards of '{folder}', {self._infos[name].shard} and {shard}.",
+                        f"Tensor {quoted(name)} is in two shards of '{folder}', {self._infos[name].shard} and {shard}.",
                         remedy="Save the model again.",
                     )
                 self._infos[name] = info
-        self._check_index()
+        self._check_index(index)
 
     def names(self) -> list[str]:
         """Names of all tensors, sorted."""
@@ -53,7 +52,9 @@ class Checkpoint:
     def info(self, name: str) -> TensorInfo:
         """Shape, dtype and place of tensor `name`."""
         if name not in self._infos:
-            raise self._error(f"'{self.folder}' holds no tensor '{name}'.", remedy="Check that the folder is complete.")
+            raise self._error(
+                f"'{self.folder}' holds no tensor {quoted(name)}.", remedy="Check that the folder is complete."
+            )
         return self._infos[name]
 
     def read(self, name: str) -> torch.Tensor:
@@ -65,42 +66,44 @@ class Checkpoint:
         """Bytes of the weight files on disk, headers included."""
         return sum((self.folder / shard).stat().st_size for shard in self.shards())
 
-    def _shards(self) -> list[str]:
+    def _index(self) -> Mapping[str, str]:
+        """The shard of each tensor as the index says it; empty where all tensors are in one file."""
         if (self.folder / WEIGHTS).is_file():
-            return [WEIGHTS]
-        if (self.folder / INDEX).is_file():
-            return sorted(set(self._weight_map().values()))
-        pickles = sorted(path.name for path in self.folder.glob("pytorch_model*.bin"))
-        if pickles:
-            raise self._error(
-                f"'{self.folder}' holds its weights only as pickles ({', '.join(pickles)}), which can run code.",
-                remedy="Convert them: load with transformers and save_pretrained, which writes safetensors.",
-            )
-        raise self._error(f"'{self.folder}' holds neither {WEIGHTS} nor {INDEX}.", remedy="Check the folder.")
-
-    def _weight_map(self) -> dict[str, str]:
+            return {}
         path = self.folder / INDEX
+        if not path.is_file():
+            raise not_a_model(self.folder, f"{WEIGHTS} or {INDEX}", self._error)
         try:
-            index = json.loads(path.read_bytes())
+            index = parse_json(path.read_bytes())
         except ValueError as error:
             raise self._error(f"'{path}' is not JSON: {error}.", remedy="Copy the file again.") from error
         table = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(table, dict) or not all(isinstance(shard, str) for shard in table.values()):
+        if not isinstance(table, dict) or not table or not all(isinstance(shard, str) for shard in table.values()):
             raise self._error(f"'{path}' has no table 'weight_map'.", remedy="Copy the file again.")
         for shard in sorted(set(table.values())):
-            if Path(shard).name != shard or "\\" in shard:
-                raise self._error(f"'{path}' names '{shard}', which is outside the folder.", remedy="Do not use it.")
-            if not (self.folder / shard).is_file():
-                raise self._error(f"'{path}' names '{shard}', which is missing.", remedy="Copy the whole folder again.")
+            self._check_shard(path, shard)
         return table
 
-    def _check_index(self) -> None:
-        if (self.folder / WEIGHTS).is_file():
-            return
-        for name, shard in self._weight_map().items():
+    def _check_shard(self, index: Path, shard: str) -> None:
+        """Raise unless `shard` is the plain name of a safetensors file in the folder. A link there is followed: the
+        hub's cache consists of them."""
+        if Path(shard).name != shard or "\\" in shard or not shard.isprintable():
+            raise self._error(f"'{index}' names {quoted(shard)}, which is outside the folder.", remedy="Do not use it.")
+        if not shard.endswith(".safetensors"):
+            raise self._error(
+                f"'{index}' names {quoted(shard)}, which is no safetensors file.",
+                remedy=CONVERT,
+            )
+        if not (self.folder / shard).is_file():
+            raise self._error(
+                f"'{index}' names {quoted(shard)}, which is missing.", remedy="Copy the whole folder again."
+            )
+
+    def _check_index(self, index: Mapping[str, str]) -> None:
+        for name, shard in index.items():
             if name not in self._infos or self._infos[name].shard != shard:
                 raise self._error(
-                    f"'{self.folder / INDEX}' says that tensor '{name}' is in {shard}, and it is not there.",
+                    f"'{self.folder / INDEX}' says that tensor {quoted(name)} is in {shard}, and it is not there.",
                     remedy="Index and shards are of different versions; copy the whole folder again.",
                 )
 
@@ -123,5 +126,5 @@ def _read_tensor(path: Path, name: str, info: TensorInfo, error: type[CompressEr
     with path.open("rb") as file:
         file.seek(info.offset)
         if file.readinto(buffer) != info.nbytes:
-            raise error(f"'{path}' ended inside tensor '{name}'.", remedy="Copy it again.")
+            raise error(f"'{path}' ended inside tensor {quoted(name)}.", remedy="Copy it again.")
     return torch.frombuffer(buffer, dtype=DTYPES[info.dtype]).reshape(info.shape)

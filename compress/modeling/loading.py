@@ -1,6 +1,6 @@
 """From a model folder to a transformers config, a model without memory (`skeleton`), or a model with its weights.
 
-The class is the one that `architectures` in config.json names, so a masked language model comes back with its head.
+The class is the one of transformers that `architectures` in config.json names, so a model comes back with its head.
 Nothing is filled in silently: a weight that the checkpoint lacks is an error here, where transformers would warn and
 use random numbers. Code that comes with a model is never run unless `trust_remote_code` says so.
 """
@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -25,6 +27,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 from transformers.models.auto.modeling_auto import (
@@ -36,15 +39,24 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging
 
-from compress.errors import ModelError, nearest
+from compress.errors import ModelError, nearest, quoted
+from compress.modeling.bounds import check_counts, check_kinds, check_tensors
+from compress.modeling.folders import CONFIG, not_a_model
 from compress.modeling.io import Checkpoint
 from compress.modeling.resolve import resolve_model
+from compress.modeling.weights import StoredWeights
+from compress.plain_json import parse_json
+from compress.storage import verify_weights
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-CONFIG = "config.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+LIBRARY_ERRORS = (
+    ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError,
+    ValueError, StrictDataclassError, SafetensorError,
+)  # fmt: skip
+"""What transformers raises for a config that it cannot read, build or fill: it checks few of the fields."""
 ONE_TOKENIZER = "Only models that share a tokenizer can be compared or distilled."
 HEADS = (
     (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES),
@@ -59,29 +71,40 @@ def read_config(folder: Path) -> dict[str, Any]:
     """`config.json` as plain data. Raises `ModelError` when it is missing or no JSON object."""
     path = folder / CONFIG
     if not path.is_file():
-        raise ModelError(f"'{folder}' has no {CONFIG}.", remedy="Name the folder of a transformers model.")
+        raise not_a_model(folder, CONFIG, ModelError)
     return _json_object(path, remedy="Copy the file again.")
 
 
 def _json_object(path: Path, remedy: str) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        data = parse_json(path.read_bytes(), numbers=False)
+    except ValueError as error:
         raise ModelError(f"'{path}' is not JSON: {error}.", remedy=remedy) from error
     if not isinstance(data, dict):
         raise ModelError(f"'{path}' is not a JSON object.", remedy=remedy)
+    check_counts(data, path)
+    check_kinds(data, path)
     return data
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The transformers config of the model in `folder`. Raises `ModelError` for one that transformers cannot read."""
-    model_type = read_config(folder).get("model_type")
+    fields = read_config(folder)
+    model_type = fields.get("model_type")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+    except LIBRARY_ERRORS as error:
+        if fields.get("auto_map") and not trust_remote_code:
+            raise ModelError(
+                f"'{folder}' brings code of its own (auto_map in {CONFIG}), which is not run unless you say so.",
+                remedy="Read the code; if you trust it, add --trust-remote-code (trust_remote_code=True).",
+            ) from error
+        known = isinstance(model_type, str) and model_type in CONFIG_MAPPING
         raise ModelError(
-            f"transformers cannot read '{folder / CONFIG}' (model_type {model_type!r}): {_first_line(error)}",
-            remedy="Supported are models that this version of transformers knows; a newer one may know it.",
+            f"transformers cannot read '{folder / CONFIG}' (model_type {quoted(model_type)}): {_first_line(error)}",
+            remedy="Correct the field, or copy the file again."
+            if known
+            else "Supported are models that this version of transformers knows; a newer one may know it.",
         ) from error
     return config
 
@@ -100,12 +123,12 @@ def config_from_file(path: Path) -> PreTrainedConfig:
         raise ModelError(f"The config '{path}' names no model_type.", remedy='Add one, such as "model_type": "llama".')
     if model_type not in CONFIG_MAPPING:
         raise ModelError(
-            f"The config '{path}' has model_type '{model_type}', which transformers does not know.",
+            f"The config '{path}' has model_type {quoted(model_type)}, which transformers does not know.",
             remedy=nearest(model_type, ("llama", "mistral", "qwen2", "qwen3", "bert"), "Known are, among others"),
         )
     try:
         config: PreTrainedConfig = AutoConfig.for_model(model_type, **fields)
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+    except LIBRARY_ERRORS as error:
         reason = str(error).strip().splitlines()
         raise ModelError(
             f"transformers refuses the config '{path}': {' '.join(line.strip() for line in reason)}",
@@ -114,51 +137,106 @@ def config_from_file(path: Path) -> PreTrainedConfig:
     return config
 
 
+def is_quantized(config: PreTrainedConfig) -> bool:
+    """Whether the config says that the weights are stored in a quantized form, ours or another's."""
+    return bool(config.to_dict().get("quantization_config"))
+
+
 def require_unquantized(
     config: PreTrainedConfig, where: str, remedy: str = "Quantize the original model instead."
 ) -> None:
     """Raise `ModelError`, naming the method, when the model is quantized already."""
-    found = config.to_dict().get("quantization_config")
-    if found:
+    if is_quantized(config):
+        found = config.to_dict()["quantization_config"]
+        method = found.get("quant_method") if isinstance(found, dict) else found
         raise ModelError(
-            f"The model '{where}' is already quantized (quant_method {found.get('quant_method')!r}).",
+            f"The model '{where}' is already quantized (quant_method {quoted(method)}).",
             remedy=remedy,
         )
 
 
 def require_causal(config: PreTrainedConfig, where: str) -> None:
     """Raise `ModelError`, naming the architecture, when the model does not predict the next token."""
-    if _auto_class(config) is not AutoModelForCausalLM:
+    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ())
+    if (_architecture(config) or known) not in ((known,) if isinstance(known, str) else known):
         raise ModelError(
             f"'{where}' is a {_architecture(config) or config.model_type}, not a causal language model.",
             remedy="Name a model that predicts the next token, such as builtin:teacher.",
         )
 
 
+Kind = Literal["causal", "seq2seq", "encoder", "image", "speech"]
+"""What a model reads and makes: `causal` predicts the next token of a text (also where images may come along),
+`seq2seq` that of a second text, `encoder` reads a whole text, `image` reads pixels, `speech` a spectrum or a wave."""
+
+
+def kind_of(model: PreTrainedModel) -> Kind:
+    """The kind of `model`, which may be on the meta device."""
+    if model.main_input_name == "pixel_values":
+        return "image"
+    if model.main_input_name in ("input_features", "input_values"):
+        return "speech"
+    if model.config.is_encoder_decoder:
+        return "seq2seq"
+    return "causal" if model.can_generate() else "encoder"
+
+
 def skeleton(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of `config` on the meta device: every module, name and shape, and no memory."""
     with torch.device("meta"):
-        model: PreTrainedModel = _auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
-    return model
+        return _build(config, trust_remote_code)
 
 
 def hollow(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of `config` with its buffers, such as tables of rotations, and parameters on the meta device."""
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = _auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+        model = _build(config, trust_remote_code)
     return model.eval()
 
 
+def _build(config: PreTrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+    cls = _model_class(config, trust_remote_code)
+    auto = {"trust_remote_code": trust_remote_code}
+    try:
+        named: PreTrainedModel = (
+            cls._from_config(config) if issubclass(cls, PreTrainedModel) else cls.from_config(config, **auto)
+        )
+    except LIBRARY_ERRORS as error:
+        raise ModelError(
+            f"transformers cannot build {cls.__name__} as '{config.name_or_path or 'the config'}' asks for it: "
+            f"{_first_line(error)}",
+            remedy="Correct the sizes in config.json, or copy the file again.",
+        ) from error
+    return named
+
+
+def tensor_names(model: torch.nn.Module, prefix: str) -> list[str]:
+    """Full names of what the module `prefix` of `model` has in a checkpoint: parameters, a tied one once, and buffers
+    that are stored."""
+    part = model.get_submodule(prefix)
+    buffers = {name for name, _ in part.named_buffers(prefix=prefix)}
+    stored = part.state_dict(prefix=f"{prefix}." if prefix else "", keep_vars=True)
+    return [*(name for name, _ in part.named_parameters(prefix=prefix)), *(name for name in stored if name in buffers)]
+
+
 def fill_parameters(model: torch.nn.Module, names: Iterable[str], read: Callable[[str], torch.Tensor]) -> None:
-    """Give the parameters `names` of `model` the values that `read` has for them; they need no gradient then."""
+    """Give the parameters and buffers `names` of `model` the values that `read` has for them; they need no gradient
+    then."""
     for name in names:
         path, _, last = name.rpartition(".")
-        setattr(model.get_submodule(path), last, torch.nn.Parameter(read(name), requires_grad=False))
+        module, value = model.get_submodule(path), read(name)
+        is_parameter = last in dict(module.named_parameters(recurse=False))
+        setattr(module, last, torch.nn.Parameter(value, requires_grad=False) if is_parameter else value)
 
 
 def empty_parameters(model: torch.nn.Module, names: Iterable[str]) -> None:
-    """Take the values of the parameters `names` away: they are on the meta device then."""
-    fill_parameters(model, names, lambda name: torch.empty_like(model.get_parameter(name), device="meta"))
+    """Take the values of the parameters `names` away: they are on the meta device then. Buffers stay."""
+    parameters = dict(model.named_parameters())
+    fill_parameters(
+        model,
+        [name for name in names if name in parameters],
+        lambda name: torch.empty_like(parameters[name], device="meta"),
+    )
 
 
 def positions_of(config: PreTrainedConfig) -> int | None:
@@ -183,17 +261,22 @@ def load_model(
     """The model `ref` (see `resolve_model`) with its weights, in eval mode.
 
     `dtype` None keeps the stored one. With `expect="causal"` a model that does not predict the next token is refused.
-    Raises `ModelError` when the checkpoint is damaged or lacks a weight of the model.
+    Raises `ModelError` when the checkpoint is damaged or lacks a weight of the model, `ArtifactError` when the weights
+    of a folder that this package made have other checksums than it wrote.
     """
     folder = resolve_model(str(ref))
     config = load_config(folder, trust_remote_code)
     if expect == "causal":
         require_causal(config, str(ref))
-    auto = _auto_class(config)
-    Checkpoint(folder)
+    loader = _model_class(config, trust_remote_code)
+    checkpoint = Checkpoint(folder)
+    if not is_quantized(config):
+        model = skeleton(config, trust_remote_code)
+        check_tensors(model, StoredWeights(checkpoint, model))
+    verify_weights(folder)
     try:
         with _no_progress_bar():
-            model, info = auto.from_pretrained(
+            model, info = loader.from_pretrained(
                 folder,
                 config=config,
                 dtype="auto" if dtype is None else dtype,
@@ -201,7 +284,7 @@ def load_model(
                 use_safetensors=True,
                 output_loading_info=True,
             )
-    except (RuntimeError, ValueError, OSError) as error:
+    except LIBRARY_ERRORS as error:
         raise ModelError(
             f"transformers cannot load '{folder}': {_first_line(error)}", remedy="Check that config and weights match."
         ) from error
@@ -221,7 +304,7 @@ def load_tokenizer(ref: str | Path, trust_remote_code: bool = False) -> PreTrain
     folder = resolve_model(str(ref))
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, OSError, KeyError, TypeError) as error:
+    except Exception as error:  # the tokenizers library raises nothing narrower
         found = any((folder / name).is_file() for name in TOKENIZERS)
         cause = f"a tokenizer that transformers cannot read: {_first_line(error)}" if found else "no tokenizer."
         raise ModelError(
@@ -298,20 +381,37 @@ def _architecture(config: PreTrainedConfig) -> str | None:
     return config.architectures[0] if config.architectures else None
 
 
-def _auto_class(config: PreTrainedConfig) -> Any:
-    """The Auto class that builds the named architecture. Without a name, the causal one where there is one."""
+def _model_class(config: PreTrainedConfig, trust_remote_code: bool) -> Any:
+    """What builds and loads the named architecture: its class, or an Auto class where code beside the model has it.
+    Without a name it is the most telling Auto class that knows the `model_type`."""
     architecture = _architecture(config)
-    for auto, table in HEADS:
-        known = table.get(config.model_type, ())
-        names = (known,) if isinstance(known, str) else known
-        if names and (architecture is None or architecture in names):
-            return auto
+    if trust_remote_code:
+        for auto, _ in HEADS:
+            if auto.__name__ in (config.to_dict().get("auto_map") or {}):
+                return auto
+    if architecture is None:
+        for auto, table in HEADS:
+            if config.model_type in table:
+                return auto
+    else:
+        found = getattr(transformers, str(architecture), None)
+        if (
+            isinstance(found, type)
+            and issubclass(found, PreTrainedModel)
+            and isinstance(config, found.config_class or ())
+        ):
+            return found
     raise ModelError(
-        f"The architecture {architecture!r} of model_type {config.model_type!r} is not supported.",
-        remedy="Supported are decoders with a language head, encoders, and classifiers on top of them.",
+        f"'{config.name_or_path}': the architecture {quoted(architecture)} of model_type {config.model_type!r} is not "
+        "supported.",
+        remedy="Correct 'architectures' in config.json, or use a version of transformers that has it.",
     )
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    """What an error says first; where that only announces a list, with the first of it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return text if text.endswith((".", "!", "?")) else f"{text}."

@@ -121,6 +121,8 @@ def attention_heads(model: PreTrainedModel, linear: Mapping[str, nn.Linear], whe
 
 
 def _residual(model: PreTrainedModel, blocks: list[tuple[str, nn.Module]]) -> Residual:
+    if model.main_input_name != "input_ids":
+        raise NoSite("no tokens are embedded.")
     stack = blocks[0][0].rpartition(".")[0]
     base, _, layers = stack.rpartition(".")
     prefix = f"{base}." if base else ""

@@ -18,10 +18,12 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
 from compress.errors import ModelError
+from compress.modeling.loading import kind_of
 from compress.modeling.structure import find_blocks
 
 Batch = Mapping[str, Tensor]
-"""The model's inputs: `input_ids` int64 [B, T], and where rows are filled up `attention_mask` int64 [B, T]."""
+"""The model's inputs: `input_ids` int64 [B, T], and where rows are filled up `attention_mask` int64 [B, T]; of a model
+of images `pixel_values` float32 [B, C, H, W]."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ def record(model: PreTrainedModel, batches: Sequence[Batch], first: nn.Module) -
     tuples = _returns_tuples(model, batches[0], first)
     shared: tuple[Call, ...] | None = None
     for batch in batches:
-        log = _run(model, batch, ends_at=None if shared is None else blocks - 1, tuples=tuples)
+        whole = shared is None and kind_of(model) != "image"
+        log = _run(model, batch, ends_at=None if whole else blocks - 1, tuples=tuples)
         if [index for index, _, _ in log] != list(range(blocks)):
             raise _strange(model, f"{len(log)} calls of {blocks} blocks, numbers {[index for index, _, _ in log]}")
         known: dict[int, Any] = {}
@@ -124,7 +127,7 @@ def _returns_tuples(model: PreTrainedModel, batch: Batch, first: nn.Module) -> b
     hidden, call = log[0][1].to(torch.float32), _plain(log[0][2], {})
     with torch.no_grad():
         output = first(hidden, *call.args, **call.kwargs)
-    if _hidden(output).shape != hidden.shape:
+    if _hidden(output).shape != hidden.shape and kind_of(model) != "image":
         raise _strange(model, f"one makes {list(_hidden(output).shape)} of {list(hidden.shape)}")
     return isinstance(output, tuple)
 

@@ -11,7 +11,7 @@ from types import TracebackType
 
 import torch
 
-from compress.modeling.io import INDEX
+from compress.modeling.folders import INDEX
 from compress.modeling.layout import Entry, Shard, entry_of, plan_shards
 
 MAX_SHARD_BYTES = 5_000_000_000

@@ -6,14 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.errors import ModelError, UsageError
+from compress.data import require_kind
+from compress.errors import ExportError, ModelError, UsageError
+from compress.evaluation.evaluate import KINDS, MEASURES
 from compress.evaluation.ort import require_packages
+from compress.exporters.bitsandbytes import require_bitsandbytes
+from compress.exporters.supported import require_exportable
 from compress.hardware import require_device
 from compress.modeling.loading import (
     TOKENIZERS,
+    Kind,
     check_room,
     check_tokenizers,
     check_vocabularies,
+    kind_of,
     load_tokenizer,
     require_causal,
     require_unquantized,
@@ -32,12 +38,19 @@ ONNX = ("onnx", "onnxscript", "onnxruntime")
 def check_machine(recipe: Recipe) -> None:
     """Raises `UsageError` for a device that torch does not have here, `DependencyError` for a missing package."""
     require_device(recipe.device)
-    if recipe.export or (recipe.evaluate is not None and recipe.evaluate.tokens_per_second):
+    formats = {part.to for part in recipe.export}
+    if "onnx" in formats or (recipe.evaluate is not None and recipe.evaluate.tokens_per_second):
         require_packages(*ONNX)
+    if "bitsandbytes" in formats:
+        require_bitsandbytes()
 
 
 def check_models(recipe: Recipe, subject: Subject, subjects: Mapping[str, Subject]) -> None:
-    """Check `subject`, which goes through the stages, and the models that `recipe` names: `subjects` by their names."""
+    """Check `subject`, which goes through the stages, and the models that `recipe` names: `subjects` by their names.
+    Raises `ExportError` for one that is to be exported and cannot be, and what the checks below raise."""
+    _check_data(recipe, subject)
+    if any(part.to == "onnx" for part in recipe.export):
+        require_exportable(subject.model)
     if recipe.distill is not None:
         teacher = subjects.get(recipe.distill.teacher or "")
         check_distillation(recipe.distill, subject, teacher, recipe.trust_remote_code)
@@ -48,6 +61,15 @@ def check_models(recipe: Recipe, subject: Subject, subjects: Mapping[str, Subjec
         compared = {name: subjects[name] for name in recipe.evaluate.compare if name in subjects}
         reference = subjects.get(recipe.evaluate.reference or "")
         check_evaluation(recipe.evaluate, {**compared, subject.name: subject}, reference, recipe.trust_remote_code)
+
+
+def _check_data(recipe: Recipe, subject: Subject) -> None:
+    """Raises `DataError` for text where the model reads images, and the other way round."""
+    if recipe.distill is not None:
+        require_kind("causal", recipe.distill.data, subject.name)
+    for part in (recipe.transform, recipe.quantize):
+        if part is not None and part.data is not None:
+            require_kind(kind_of(subject.model), part.data, subject.name)
 
 
 def check_distillation(part: DistillRecipe, student: Subject, teacher: Subject | None, trust_remote_code: bool) -> None:
@@ -74,9 +96,13 @@ def check_evaluation(
     `measured` are the models by the name that they have in the recipe.
     """
     for name, one in measured.items():
+        kind = kind_of(one.model)
+        if kind != "speech":
+            require_kind(kind, part.data, name)
         check_context("evaluate.context", part.context, one)
-        if not one.is_causal:
-            _check_encoder(name, part)
+        _check_figures(name, kind, part)
+        if part.tokens_per_second:
+            _check_speed(name, one)
         if reference is not None:
             _check_pair(name, one, reference, trust_remote_code)
     if reference is not None:
@@ -94,24 +120,39 @@ def check_context(key: str, context: int, subject: Subject) -> None:
         )
 
 
-def _check_encoder(name: str, part: EvaluateRecipe) -> None:
-    if part.reference is None:
+def _check_figures(name: str, kind: Kind, part: EvaluateRecipe) -> None:
+    if kind not in MEASURES:
+        raise UsageError(f"'{name}' is {KINDS[kind]}, which has no figures.", remedy="Remove evaluate.")
+    if kind == "encoder" and part.reference is None:
         raise UsageError(
             f"'{name}' is an encoder, which is measured against another model.",
             remedy="Name one as evaluate.reference.",
         )
-    for key, asked in (("samples", part.samples), ("tokens_per_second", part.tokens_per_second), ("kv", part.kv)):
-        if asked:
-            raise UsageError(f"'{name}' is an encoder and writes no text.", remedy=f"Remove evaluate.{key}.")
+    asked = {"samples": part.samples, "tokens_per_second": part.tokens_per_second, "kv": part.kv}
+    for key in (key for key, value in asked.items() if value and kind != "causal"):
+        what = "writes no text" if kind != "seq2seq" else "goes on with no text"
+        raise UsageError(f"'{name}' is {KINDS[kind]} and {what}.", remedy=f"Remove evaluate.{key}.")
+
+
+def _check_speed(name: str, one: Subject) -> None:
+    """The speed is also that of an export."""
+    try:
+        require_exportable(one.model)
+    except ExportError as error:
+        raise UsageError(
+            f"'{name}' has no speed in ONNX Runtime. {error.message}", remedy="Remove evaluate.tokens_per_second."
+        ) from error
 
 
 def _check_pair(name: str, one: Subject, reference: Subject, trust_remote_code: bool) -> None:
-    if one.is_causal != reference.is_causal:
-        kinds = ["a decoder" if subject.is_causal else "an encoder" for subject in (one, reference)]
+    kind, other = kind_of(one.model), kind_of(reference.model)
+    if kind != other:
         raise ModelError(
-            f"'{name}' is {kinds[0]}, and the reference '{reference.name}' is {kinds[1]}.",
+            f"'{name}' is {KINDS[kind]}, and the reference '{reference.name}' is {KINDS[other]}.",
             remedy="Name a reference of the same kind.",
         )
+    if kind == "image":
+        return
     check_vocabularies(name, one.model, reference.name, reference.model)
     _check_tokenizers(name, one.folder, reference, trust_remote_code)
 

@@ -77,7 +77,7 @@ def calibrated_memory(
     streams = 2 if options.asymmetric else 1
     tokens = recipe.rows * row_length(model, recipe.context)
     widths = {view.group: view.shape[1] for view in views if view.block == 0}
-    hidden = int(model.config.get_text_config().hidden_size)
+    hidden = int(model.config.get_text_config().to_dict().get("hidden_size", max(widths.values())))
     wanted = FLOAT * tokens * streams * (2 * hidden + sum(widths.values()))
     kept = min(parse_bytes(recipe.memory), wanted)
     widest = max(view.shape[1] for view in views)

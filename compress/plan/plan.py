@@ -14,9 +14,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from compress.data import fingerprint, text_source
+from compress.data import data_source, fingerprint, is_images
 from compress.distillation.objective import Objective, make_term, setting_of
+from compress.exporters.supported import part_of
 from compress.losses.fused.plan import CPU_BYTES
+from compress.modeling.structure import Convolution
 from compress.ops import backend
 from compress.plan.checks import check_machine, check_models
 from compress.plan.places import Places, places_of
@@ -110,7 +112,8 @@ def _stages(
             yield _evaluate(recipe.evaluate, source)
         else:
             to = name.partition(":")[2]
-            notes = (*_rounding(quantization), *_on_the_cpu(recipe.device))
+            of_onnx = (*_part(subject), *_rounding(quantization, subject)) if to == "onnx" else ()
+            notes = (*of_onnx, *_on_the_cpu(recipe.device))
             yield StagePlan(name, source, out, f"write {source} as {to}", notes=notes)
         if name in ("distill", "transform", "quantize"):
             source = out
@@ -148,14 +151,22 @@ def _quantize(plan: QuantizationPlan, source: str | None, out: str | None, devic
     text = f"{len(plan.matrices)} matrices with {plan.codec} at {plan.bits_per_weight:.4f} bits per weight"
     if not plan.data_free:
         text += f", rounded by {plan.rounding}"
-    notes = (*plan.notes, *(_on_the_cpu(device) if plan.data_free else ()))
+    notes = (*plan.notes, *plan.guesses, *(_on_the_cpu(device) if plan.data_free else ()))
     return StagePlan("quantize", source, out, text, plan.memory_bytes, notes)
 
 
-def _rounding(plan: QuantizationPlan | None) -> tuple[str, ...]:
+def _part(subject: Subject) -> tuple[str, ...]:
+    part = part_of(subject.model)
+    return () if part is None else (part,)
+
+
+def _rounding(plan: QuantizationPlan | None, subject: Subject) -> tuple[str, ...]:
     if plan is None or any(name.startswith("onnx") for name in plan.containers):
         return ()
-    return (f"no ONNX container carries {plan.codec} exactly: its matrices are rounded to 8 bits once more",)
+    text = f"no ONNX container carries {plan.codec} exactly: its matrices are rounded to 8 bits once more"
+    if any(isinstance(subject.model.get_submodule(matrix.name), Convolution) for matrix in plan.matrices):
+        text += ", those of convolutions only where they are no integers times scales"
+    return (text,)
 
 
 def _on_the_cpu(device: str) -> tuple[str, ...]:
@@ -165,8 +176,10 @@ def _on_the_cpu(device: str) -> tuple[str, ...]:
 def _evaluate(part: EvaluateRecipe, source: str | None) -> StagePlan:
     models = ", ".join([*(model for model in part.compare if model != source), str(source)])
     against = f" against {part.reference}" if part.reference is not None else ""
-    limit = f", {part.limit:,} tokens at most" if part.limit is not None else ""
-    text = f"measure {models}{against} on {' + '.join(part.data)}, windows of {part.context} tokens{limit}"
+    images = all(map(is_images, part.data))
+    limit = f", {part.limit:,} {'images' if images else 'tokens'} at most" if part.limit is not None else ""
+    windows = "" if images else f", windows of {part.context} tokens"
+    text = f"measure {models}{against} on {' + '.join(part.data)}{windows}{limit}"
     asked = {"activations": part.activations, "keys and values": part.kv}
     bits = [f"{what} in {number} bits" for what, number in asked.items() if number is not None]
     return StagePlan("evaluate", source, None, ", ".join([text, *bits]))
@@ -175,7 +188,7 @@ def _evaluate(part: EvaluateRecipe, source: str | None) -> StagePlan:
 def _data(recipe: Recipe) -> tuple[dict[str, str | int], ...]:
     """The fingerprint of every source of data, read once; of installed packages, which are large, only the versions."""
     parts = (recipe.distill, recipe.transform, recipe.quantize, recipe.evaluate)
-    sources = {spec: text_source(spec) for part in parts if part is not None for spec in part.data or ()}
+    sources = {spec: data_source(spec) for part in parts if part is not None for spec in part.data or ()}
     return tuple(
         {"spec": spec, "origin": source.origin} if spec.startswith("packages:") else fingerprint(source).to_dict()
         for spec, source in sources.items()

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 from compress.codecs import codec
 from compress.codecs.base import CodecSpec
 from compress.codecs.registry import codec_of
-from compress.modeling.structure import MatrixView, matrices, require_linear
+from compress.errors import UsageError
+from compress.modeling.structure import MatrixView, find_stacks, matrices, require_one_stack
 from compress.plan.memory import calibrated_memory, learning_memory, nearest_memory
+from compress.plan.structure import structure_notes
 from compress.plan.subject import Subject
 from compress.plan.transform import fold_notes, learned_text
 from compress.quantization.allocation import uniform
@@ -45,9 +47,12 @@ class MatrixPlan:
 
 @dataclass(frozen=True)
 class QuantizationPlan:
-    """`bits_per_weight` over the target set, `model_bits_per_weight` = 8 `model_bytes` / parameters."""
+    """`guesses` are what the model's structure was taken for.
 
-    bits_target: float
+    `bits_per_weight` over the target set, `model_bits_per_weight` = 8 `model_bytes` / parameters. `bits_target` is
+    None where the only rate of a codec was taken."""
+
+    bits_target: float | None
     bits_per_weight: float
     model_bits_per_weight: float
     model_bytes: int
@@ -58,6 +63,7 @@ class QuantizationPlan:
     codec: str
     containers: tuple[str, ...]
     notes: tuple[str, ...]
+    guesses: tuple[str, ...]
     matrices: tuple[MatrixPlan, ...]
 
 
@@ -70,12 +76,15 @@ def plan_quantization(
     method = codec(recipe.codec.name, **recipe.codec.options)
     calibration = recipe.calibration
     options = None if calibration is None else rounding_of(calibration.name, calibration.options)
-    views = matrices(subject.model)
-    require_linear(views)
+    views = matrices(subject.model, recipe.towers)
+    if recipe.towers and not any(stack.tower for stack in find_stacks(subject.model)):
+        raise UsageError(f"'{subject.name}' has no towers.", remedy="Leave out --towers.")
+    if recipe.data is not None:
+        require_one_stack(views, subject.model)
     asked = transform_of(recipe.transform.name, recipe.transform.options)
     transform = chosen_transform(asked, method, recipe.data is not None, exported)
     if subject.checkpoint is not None:
-        target = open_target(subject.checkpoint.folder, trust_remote_code, transform)
+        target = open_target(subject.checkpoint.folder, trust_remote_code, transform, towers=recipe.towers)
         change = Change(target.fold, target.mixing, target.transform)
     else:
         change = transformed(subject.model, views, transform, 0, subject.read)
@@ -104,6 +113,7 @@ def plan_quantization(
         transform=change.text,
         containers=() if set(mixing.values()) != {"none"} else method.containers(specs[views[0].name]),
         notes=tuple(_notes(recipe, subject, views, transform, change)),
+        guesses=tuple(structure_notes(subject.model, views, recipe.towers)),
         matrices=rows,
     )
 
@@ -127,7 +137,7 @@ def _notes(
     recipe: QuantizeRecipe, subject: Subject, views: Sequence[MatrixView], transform: Transform, change: Change
 ) -> Iterator[str]:
     if recipe.data is None:
-        yield "data-free: no text is used, every weight counts the same"
+        yield "data-free: no data are used, every weight counts the same"
     if isinstance(transform, Ost):
         yield learned_text(change, transform)
     online = sum(word != "none" for word in change.mixing.values())

@@ -10,10 +10,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from compress.modeling.bounds import check_complete, check_tensors
 from compress.modeling.io import Checkpoint
-from compress.modeling.loading import config_from_file, load_config, parameter_count, positions_of, skeleton
-from compress.modeling.names import stored_names
+from compress.modeling.loading import (
+    config_from_file,
+    is_quantized,
+    kind_of,
+    load_config,
+    parameter_count,
+    positions_of,
+    skeleton,
+)
 from compress.modeling.resolve import resolve_model
+from compress.modeling.weights import StoredWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,7 +49,7 @@ class Subject:
     @property
     def is_causal(self) -> bool:
         """Whether it predicts the next token."""
-        return self.model.can_generate()
+        return kind_of(self.model) == "causal"
 
     @property
     def positions(self) -> int | None:
@@ -60,7 +69,7 @@ class Subject:
         shape = self.model.get_parameter(parameter).shape
         if self.checkpoint is None:
             return torch.arange(shape.numel(), dtype=torch.float32).view(shape)
-        return self.checkpoint.read(stored_names(self.checkpoint.names(), self.model)[parameter])
+        return StoredWeights(self.checkpoint, self.model).read(parameter)
 
 
 def read_subjects(recipe: Recipe, made: Collection[str]) -> dict[str, Subject]:
@@ -82,10 +91,15 @@ def subject_of(recipe: Recipe, subjects: Mapping[str, Subject]) -> Subject:
 
 
 def read_subject(reference: str, trust_remote_code: bool) -> Subject:
-    """The model `reference`, whose files exist."""
+    """The model `reference`, whose files exist. Raises `ModelError` when they do not fit each other."""
     folder = resolve_model(reference)
-    model = skeleton(load_config(folder, trust_remote_code), trust_remote_code)
-    return Subject(reference, model, Checkpoint(folder))
+    config = load_config(folder, trust_remote_code)
+    model, checkpoint = skeleton(config, trust_remote_code), Checkpoint(folder)
+    if not is_quantized(config):
+        weights = StoredWeights(checkpoint, model)
+        check_tensors(model, weights)
+        check_complete(model, weights)
+    return Subject(reference, model, checkpoint)
 
 
 def _from_config(path: str, trust_remote_code: bool) -> Subject:

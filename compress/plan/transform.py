@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from math import prod
 from typing import TYPE_CHECKING
 
-from compress.modeling.structure import matrices, require_linear
+from compress.modeling.loading import require_unquantized
+from compress.modeling.structure import matrices
 from compress.plan.memory import learning_memory
 from compress.plan.stage import StagePlan
 from compress.plan.subject import Subject
@@ -19,12 +20,13 @@ if TYPE_CHECKING:
 
 
 def plan_transform(recipe: TransformRecipe, subject: Subject, source: str | None, out: str | None) -> StagePlan:
-    """The stage. Raises `UsageError` for an unknown option, `ModelError` for a model that has no place for it."""
+    """The stage. Raises `UsageError` for an unknown option, `ModelError` for a model that has no place for it
+    or is quantized."""
+    require_unquantized(subject.model.config, subject.name)
     transform = transform_of(recipe.transform.name, recipe.transform.options)
     if isinstance(transform, Ost):
         transform = transform.folded(rounded=recipe.bits is not None)
     views = matrices(subject.model)
-    require_linear(views)
     change = transformed(subject.model, views, transform, 0, subject.read)
     require_folded(change.fold, subject.model.state_dict(), subject.name)
     memory = 0

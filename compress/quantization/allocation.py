@@ -44,13 +44,14 @@ class Group:
 
 
 def uniform(
-    views: Sequence[MatrixView], codec: Codec, bits: float, mixing: Mapping[str, str] | None = None
+    views: Sequence[MatrixView], codec: Codec, bits: float | None, mixing: Mapping[str, str] | None = None
 ) -> dict[str, CodecSpec]:
     """Specs by matrix name with sum(bits of the payloads) <= `bits` * sum(weights), as near as the widths allow.
 
     Every bit that `codec.bits` counts is counted here, scales, padding and the signs of `mixing` (which sides of each
-    matrix are mixed, by its name) included. The matrices of a group share a width. Raises `UsageError` when `bits` is
-    outside of what the codec offers for these matrices.
+    matrix are mixed, by its name) included. The matrices of a group share a width. A codec of one width needs no
+    `bits`. Raises `UsageError` when `bits` is outside of what the codec offers for these matrices, and without `bits`
+    when it offers several rates.
     """
     mixing = mixing or {}
     groups = _groups(views, codec, mixing)
@@ -113,16 +114,19 @@ def _cost(groups: Sequence[Group], widths: Sequence[int]) -> int:
     return sum(group.costs[width] for group, width in zip(groups, widths, strict=True))
 
 
-def _checked_budget(groups: Sequence[Group], widths: Sequence[int], codec: Codec, bits: float) -> int:
-    """The budget in whole bits: the most of which `bits` a weight are not exceeded."""
-    weights = sum(group.weights for group in groups)
+def _checked_budget(groups: Sequence[Group], widths: Sequence[int], codec: Codec, bits: float | None) -> int:
+    """The budget in whole bits: the most of which `bits` a weight are not exceeded; of one width, what it costs."""
+    weights, only = sum(group.weights for group in groups), len(widths) == 1
     least, most = _total(groups, widths[0]), _total(groups, widths[-1])
-    budget = _whole_bits(bits, weights) if math.isfinite(bits) else -1
+    if bits is None and only:
+        return least
+    budget = _whole_bits(bits, weights) if bits is not None and math.isfinite(bits) else -1
     if not least <= budget <= most:
+        rates = f"{least / weights:.3f}" if only else f"{least / weights:.3f} to {most / weights:.3f}"
+        asked = "and no rate is asked for" if bits is None else f"not in {bits}"
         raise UsageError(
-            f"The codec '{codec.config_type.name}' stores this model in {least / weights:.3f} to {most / weights:.3f} "
-            f"bits a weight, not in {bits}.",
-            remedy="Name a rate between the two.",
+            f"The codec '{codec.config_type.name}' stores this model in {rates} bits a weight, {asked}.",
+            remedy="Leave out the rate: there is no other." if only else "Name a rate between the two (--bits).",
         )
     return budget
 

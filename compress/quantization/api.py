@@ -12,21 +12,25 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.quantizers.auto import AutoHfQuantizer
 
 from compress.codecs import registry
 from compress.codecs.base import Codec, CodecSpec, QuantizedMatrix
 from compress.data.calibration import Batch
 from compress.errors import ModelError, UsageError
 from compress.events import Events, seconds_left
-from compress.formats.config import QuantizationConfig
-from compress.modeling.loading import load_model, load_tokenizer, require_unquantized
-from compress.modeling.structure import MatrixView, find_blocks, matrices, read_view, require_linear
+from compress.formats.config import QUANT_METHOD, QuantizationConfig
+from compress.modeling.experts import open_experts
+from compress.modeling.loading import load_config, load_model, load_tokenizer, require_unquantized
+from compress.modeling.resolve import resolve_model
+from compress.modeling.structure import MatrixView, as_matrix, find_blocks, matrices, require_one_stack
+from compress.modeling.weights import keep_names
 from compress.quantization.allocation import uniform
 from compress.quantization.blocks import by_block, mean_error
 from compress.quantization.calibrated import Calibration, Scheme
 from compress.quantization.data import CalibrationData, calibration_batches
 from compress.quantization.matrix import MatrixReport, quantize_matrix
-from compress.quantization.modules import PackedLinear, packed_modules
+from compress.quantization.modules import pack, packed_modules
 from compress.quantization.options import Ldlq, Rounding, rounding_of
 from compress.quantization.ost import learn_basis
 from compress.quantization.target import Change, learned_fold, require_folded, transformed, unchanged, untouched
@@ -39,6 +43,8 @@ from compress.transforms.signs import Signs
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+DEFAULT_BITS = 3.25
+"""The rate of codecs that have several."""
 PASS_DATA = "Pass data=..., such as 'builtin:python/train'."
 Rounded = tuple[MatrixView, QuantizedMatrix, MatrixReport]
 
@@ -46,7 +52,7 @@ Rounded = tuple[MatrixView, QuantizedMatrix, MatrixReport]
 def quantize(
     model: nn.Module | str | Path,
     *,
-    bits: float = 3.25,
+    bits: float | None = None,
     data: CalibrationData | None = None,
     codec: str | Codec = "half_pyramid",
     rounding: str | Rounding | None = None,
@@ -54,10 +60,12 @@ def quantize(
     rows: int = 128,
     context: int | None = None,
     seed: int = 0,
+    towers: bool = False,
     tokenizer: PreTrainedTokenizerBase | None = None,
     events: Events | None = None,
 ) -> nn.Module:
     """Quantize the linear maps in the blocks of `model` to at most `bits` a weight on average; returns the model.
+    Without `bits` that is the rate of a codec that has only one, such as `nf4`, and else 3.25.
 
     `model` is a module, changed in place, or the name of one to be loaded (`builtin:teacher`, a folder, a hub id) in
     its stored dtype. `codec` is NAME or NAME:key=value,... as on the command line, or a codec made by
@@ -70,6 +78,7 @@ def quantize(
     be, so that other parameters change too; "auto" does so for calibrated `half_pyramid`, unless a head would be
     untied. "ost", which needs data and on the way the model in float32, learns rotations and scalings instead
     (`compress.quantization.transforms.Ost` has its options).
+    Of a model that reads images or sound beside text only the language part is quantized, unless `towers` asks for all.
     `tokenizer` is that of a model given as a module whose own folder is not known; rows of ids need none.
 
     Of a transformers model the config gets a `quantization_config`, so that `save_pretrained` writes an artifact that
@@ -81,10 +90,9 @@ def quantize(
     """
     events = events or Events()
     if not isinstance(model, nn.Module):
-        model = load_model(model, dtype=None)
+        model = _load(model, dtype=None)
     _require_unquantized(model)
-    views = matrices(model)
-    require_linear(views)
+    views = matrices(model, towers)
     rounder = _codec(codec) if isinstance(codec, str) else codec
     asked = parse_transform(transform) if isinstance(transform, str) else transform
     method = _method(rounding, data, asked)
@@ -92,12 +100,14 @@ def quantize(
     change = unchanged(views)
     if not isinstance(chosen, Untransformed):
         change = transformed(_of_transformers(model, "transformed"), views, chosen, seed, model.get_parameter)
-    specs = uniform(views, rounder, bits, change.mixing)
+    rate = DEFAULT_BITS if bits is None and len(rounder.widths()) > 1 else bits
+    specs = uniform(views, rounder, rate, change.mixing)
     ignore = untouched(model, views)
     signs = {view.name: view_signs(view, change.mixing[view.name], seed) for view in views}
     batches: list[Batch] = []
     if data is not None:
         ours = _of_transformers(model, "calibrated")
+        require_one_stack(views, ours)
         batches = _batches(ours, data, tokenizer, rows, context, seed)
     if isinstance(chosen, Ost):
         change = _learned(ours, views, chosen, change, rounder, specs, batches, seed, events)
@@ -111,9 +121,9 @@ def quantize(
     stored_bits = _replace(model, blocks, len(by_block(views)), events)
     if isinstance(model, PreTrainedModel):
         config = QuantizationConfig.from_specs(
-            {view.module: specs[view.name] for view in views}, ignore, stored_bits / sum(view.weights for view in views)
+            {view.place: specs[view.name] for view in views}, ignore, stored_bits / sum(view.weights for view in views)
         )
-        model.config.quantization_config = config.to_dict()
+        _register(model, config)
     return model
 
 
@@ -141,10 +151,9 @@ def transform(
     without data, `NumericsError` when what is learned diverges.
     """
     if not isinstance(model, nn.Module):
-        model = load_model(model)
+        model = _load(model)
     _require_unquantized(model)
     views = matrices(model)
-    require_linear(views)
     chosen = parse_transform(transform) if isinstance(transform, str) else transform
     if not isinstance(chosen, Hadamard | Ost):
         raise UsageError(f"'{chosen.name}' folds nothing.", remedy="Use hadamard or ost.")
@@ -163,6 +172,15 @@ def transform(
     return model
 
 
+def _register(model: PreTrainedModel, config: QuantizationConfig) -> None:
+    """Make `model` for transformers what a loaded artifact is: `dequantize` works, training all of it is refused, and
+    `save_pretrained` writes what is packed."""
+    quantizer = AutoHfQuantizer.from_config(config.to_dict(), pre_quantized=True)
+    vars(model).update(hf_quantizer=quantizer, is_quantized=True, quantization_method=QUANT_METHOD)
+    quantizer.postprocess_model(model)
+    keep_names(model)
+
+
 def _batches(
     model: PreTrainedModel,
     data: CalibrationData,
@@ -172,9 +190,19 @@ def _batches(
     seed: int,
 ) -> list[Batch]:
     name = str(model.config.name_or_path)
-    return calibration_batches(
-        model, data, lambda: tokenizer or load_tokenizer(name), rows=rows, context=context, seed=seed
-    )
+
+    def read() -> PreTrainedTokenizerBase:
+        if tokenizer is None and not name:
+            raise UsageError("The model's folder, with its tokenizer, is not known.", remedy="Pass tokenizer=...")
+        return tokenizer or load_tokenizer(name)
+
+    return calibration_batches(model, data, read, rows=rows, context=context, seed=seed)
+
+
+def _load(name: str | Path, dtype: torch.dtype | None = torch.float32) -> PreTrainedModel:
+    """The model `name`. What is quantized is refused before transformers decodes it or asks for packages."""
+    require_unquantized(load_config(resolve_model(str(name))), str(name))
+    return load_model(name, dtype=dtype)
 
 
 def _require_unquantized(model: nn.Module) -> None:
@@ -240,7 +268,7 @@ def _nearest(
 
     def rounded(views: Sequence[MatrixView]) -> Iterator[Rounded]:
         for view in views:
-            weight = read_view(model.get_parameter(view.parameter), view).detach()
+            weight = as_matrix(model.get_parameter(view.parameter), view).detach()
             yield view, *quantize_matrix(view.name, weight, codec, specs[view.name], signs[view.name])
 
     for views in blocks:
@@ -252,9 +280,9 @@ def _calibrated(
 ) -> Iterator[Iterator[Rounded]]:
     """The same with calibration. The blocks run as copies in float32, of which one is there at a time."""
     originals = [block for _, block in find_blocks(model)]
-    inputs = calibration.record_inputs(copy.deepcopy(originals[0]).float())
+    inputs = calibration.record_inputs(open_experts(copy.deepcopy(originals[0]).float()))
     for index, views in enumerate(blocks):
-        block = copy.deepcopy(originals[index]).float().requires_grad_(False)
+        block = open_experts(copy.deepcopy(originals[index]).float().requires_grad_(False))
         yield calibration.round_block(index, block, views, inputs)
         after = calibration.carry_on(index, block, inputs)
         inputs.discard()
@@ -268,16 +296,12 @@ def _replace(model: nn.Module, blocks: Iterator[Iterator[Rounded]], total: int, 
     with events.stage("quantize", total), torch.no_grad():
         started = time.monotonic()
         for index, block in enumerate(blocks, 1):
-            reports, packed = [], {}
+            reports, rounded = [], []
             for view, matrix, report in block:
-                linear = model.get_submodule(view.module)
-                if not isinstance(linear, nn.Linear):
-                    raise TypeError(f"'{view.module}' is a {type(linear).__name__}, not an nn.Linear")
-                packed[view.module] = PackedLinear.from_matrix(linear, matrix)
+                rounded.append((view, matrix))
                 bits += matrix.bits
                 reports.append(report)
-            for name, module in packed.items():
-                model.set_submodule(name, module)
+            pack(model, rounded)
             events.emit(
                 "step",
                 stage="quantize",

@@ -24,11 +24,13 @@ from transformers import PreTrainedModel
 
 from compress.codecs.base import Codec, CodecSpec, GainRule, QuantizedMatrix
 from compress.errors import NumericsError
+from compress.modeling.experts import OpenExperts
+from compress.modeling.loading import kind_of
 from compress.modeling.stack import Batch, Call, record
-from compress.modeling.structure import MatrixView, find_blocks
+from compress.modeling.structure import MatrixView, find_blocks, module_matrix
 from compress.quantization.activations import Activations
 from compress.quantization.hessian import Factor, Moments, factorize, output_energy
-from compress.quantization.inputs import structure_of, token_rows
+from compress.quantization.inputs import input_rows, structure_of
 from compress.quantization.ldlq import Order, round_matrix
 from compress.quantization.matrix import MatrixReport, quantize_matrix, sqnr
 from compress.quantization.options import Ldlq
@@ -36,6 +38,8 @@ from compress.quantization.passes import Passes
 from compress.transforms.matrices import mix_moment, mix_weight
 from compress.transforms.signs import Signs
 
+UNSEEN = "calibrated (no token reached this expert: with all of its layer's)"
+"""The status of an expert that the router chose for no token of the calibration data."""
 IN_MEMORY = 4 << 30
 """Bytes of inputs that are kept for a model in memory."""
 
@@ -89,7 +93,6 @@ class Calibration:
         self._device, self._budget, self._place = device, budget, place
         self._prefixes = [name for name, _ in find_blocks(model)]
         self._calls: list[tuple[Call, ...]] = []
-        self._shapes: list[tuple[int, ...]] = []
         masks = (batch.get("attention_mask") for batch in batches)
         self._after: BlockInputs | None = None
         self._passes: list[Passes] = []
@@ -105,27 +108,27 @@ class Calibration:
         hidden = []
         for recording in record(self._model, [_to(batch, self._device) for batch in self._batches], first):
             self._calls.append(recording.calls)
-            self._shapes.append(tuple(recording.hidden.shape))
             hidden.append(recording.hidden)
-        inputs = self._fresh(0)
+        inputs = self._fresh(0, [tuple(tensor.shape) for tensor in hidden])
         for tensor in hidden:
             for stream in inputs.both:
                 stream.write(tensor)
         return _closed(inputs)
 
-    def reopen(self, index: int) -> BlockInputs:
-        """The inputs of block `index` that an earlier process wrote; `record_inputs` has been called."""
+    def reopen(self, index: int, shapes: Sequence[Sequence[int]]) -> BlockInputs:
+        """The inputs of block `index`, of the given shapes, that an earlier process wrote; `record_inputs` has been
+        called."""
         paths = [self._place(index, stream) for stream in self._streams]
-        found = [Activations.reopen(self._shapes, path) for path in paths if path is not None]
+        found = [Activations.reopen([tuple(shape) for shape in shapes], path) for path in paths if path is not None]
         return BlockInputs(found[0], found[1] if len(found) > 1 else None)
 
     @property
     def _streams(self) -> tuple[str, ...]:
         return ("rounded", "original") if self._scheme.options.asymmetric else ("rounded",)
 
-    def _fresh(self, index: int) -> BlockInputs:
+    def _fresh(self, index: int, shapes: Sequence[tuple[int, ...]]) -> BlockInputs:
         share = self._budget // (4 * len(self._streams))  # of two blocks at once; the other half is for their passes
-        made = [Activations(self._shapes, share, self._place(index, stream)) for stream in self._streams]
+        made = [Activations(shapes, share, self._place(index, stream)) for stream in self._streams]
         return BlockInputs(made[0], made[1] if len(made) > 1 else None)
 
     @torch.no_grad()
@@ -138,17 +141,18 @@ class Calibration:
         again = options.sequential == "matrix"
         original = copy.deepcopy(block) if options.asymmetric or not again else None
         prefix = f"{self._prefixes[index]}."
-        by_module = {view.module.removeprefix(prefix): view for view in views}
+        by_module = {view.name.removeprefix(prefix): view for view in views}
         calls = [calls[index] for calls in self._calls]
         found = structure_of(block, list(by_module), calls[0], inputs.rounded.read(0, self._device))
         groups = [part for names in found.groups for part in self._by_signs([by_module[name] for name in names])]
-        firsts = [views[0].module.removeprefix(prefix) for views in groups]
+        firsts = [views[0].name.removeprefix(prefix) for views in groups]
+        names = [first for first, views in zip(firsts, groups, strict=True) if views[0].index is None]
         last = index + 1 == len(self._prefixes)
-        self._after = None if last else self._fresh(index + 1)
+        self._after = None if last else self._fresh(index + 1, self._shapes_after(block, calls[0], inputs.rounded))
         share = self._budget // (2 * len(self._streams))
 
         def passes(source: nn.Module, hidden: Activations, **more: Any) -> Passes:
-            return Passes(source, firsts, hidden, calls, self._device, share, **more)
+            return Passes(source, names, hidden, calls, self._device, share, **more)
 
         if again or original is None:
             self._passes = [passes(block, inputs.rounded, tails=found.tails)]
@@ -159,11 +163,23 @@ class Calibration:
             original_after = None if self._after is None else self._after.original
             self._passes.append(passes(original, inputs.original, outputs=original_after))
         for first, members in zip(firsts, groups, strict=True):
-            moments = self._moments(index, first)
+            moments = self._moments(members[0], first)
+            unseen = moments is None and members[0].index is not None
+            if unseen:
+                moments = self._moments(members[0], first, everything=True)
             for view, matrix, report in _round_group(members, block, prefix, moments, self._scheme):
-                linear = block.get_submodule(view.module.removeprefix(prefix))
-                linear.weight.copy_(matrix.dequantize())  # type: ignore[operator, union-attr]
+                if unseen:
+                    report = dataclasses.replace(report, status=UNSEEN)
+                module_matrix(block.get_submodule(view.name.removeprefix(prefix))).copy_(matrix.dequantize())
                 yield view, matrix, report
+
+    def _shapes_after(self, block: nn.Module, call: Call, before: Activations) -> list[tuple[int, ...]]:
+        """The shapes of all batches behind the block: those before it, but in models of images, where blocks change
+        sizes and channels."""
+        if kind_of(self._model) != "image":
+            return before.shapes
+        _, *after = call.run(block, before.read(0, self._device)).shape
+        return [(shape[0], *after) for shape in before.shapes]
 
     def _by_signs(self, views: Sequence[MatrixView]) -> list[list[MatrixView]]:
         """Matrices with one input in parts that mix it alike: an attention and an MLP side by side have signs each."""
@@ -187,20 +203,42 @@ class Calibration:
                 stream.write(passes.output(batch))
         return _closed(after)
 
-    def _moments(self, index: int, name: str) -> Moments | None:
-        """The moments of module `name`'s input over all batches; None when it is never called."""
+    def _moments(self, view: MatrixView, name: str, everything: bool = False) -> Moments | None:
+        """The moments over all batches of the input of `view`, the module `name` of the block, or of what an expert
+        would get if it got `everything`; None when there is no such input."""
         moments = None
         for batch in range(len(self._calls)):
-            found = [each.input(name, batch) for each in self._passes]
-            rows = [token_rows(x, self._masks[batch]) for x in found if x is not None]
-            if not rows:
-                return None
+            rows = self._rows(name, batch) if view.index is None else self._expert_rows(view, name, batch, everything)
+            if not rows or not len(rows[0]):
+                continue
             if moments is None:
                 moments = Moments(rows[0].shape[-1], self._device, len(rows) > 1)
             moments.add(*rows)
         if moments is not None:
             moments.close()
         return moments
+
+    def _rows(self, name: str, batch: int) -> list[Tensor]:
+        """The inputs of module `name` in the rounded and the original block."""
+        found = [each.input(name, batch) for each in self._passes]
+        modules = [each.block.get_submodule(name) for each in self._passes]
+        return [
+            input_rows(module, x, self._masks[batch]) for module, x in zip(modules, found, strict=True) if x is not None
+        ]
+
+    @torch.no_grad()
+    def _expert_rows(self, view: MatrixView, name: str, batch: int, everything: bool) -> list[Tensor]:
+        """The same for an expert: of the tokens that the rounded model sends to it, in both blocks."""
+        experts, projection, number = name.rsplit(".", 2)
+        routed = [each.routed(experts, batch) for each in self._passes]
+        choice = routed[0][1]
+        chosen = torch.full_like(choice, everything, dtype=torch.bool).logical_or_(choice.eq(view.index or 0)).any(1)
+        rows = []
+        for each, (hidden, _) in zip(self._passes, routed, strict=True):
+            module = each.block.get_submodule(experts)
+            assert isinstance(module, OpenExperts)
+            rows.append(module.inputs(projection, int(number), hidden[chosen]))
+        return rows
 
 
 def _closed(inputs: BlockInputs) -> BlockInputs:
@@ -219,8 +257,7 @@ def _round_group(
     """Round matrices that share an input."""
 
     def original_of(view: MatrixView) -> Tensor:
-        weight: Tensor = block.get_submodule(view.module.removeprefix(prefix)).weight  # type: ignore[assignment]
-        return weight.detach()
+        return module_matrix(block.get_submodule(view.name.removeprefix(prefix)))
 
     def weight_of(view: MatrixView) -> Tensor:
         return mix_weight(original_of(view), scheme.signs[view.name], torch.float32)

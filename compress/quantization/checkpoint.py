@@ -16,8 +16,9 @@ from torch import Tensor
 from compress.codecs.base import Codec, CodecSpec
 from compress.formats.companions import copy_companions
 from compress.formats.native import write_weights
+from compress.modeling.folders import CONFIG
 from compress.modeling.layout import DTYPES
-from compress.modeling.loading import CONFIG, read_config
+from compress.modeling.loading import read_config
 from compress.modeling.writer import MAX_SHARD_BYTES
 from compress.quantization.ost import learn_checkpoint
 from compress.quantization.rounders import CalibrationOptions
@@ -61,7 +62,7 @@ def transform_checkpoint(
         transform = transform.folded(rounded=bool(specs))
     started = time.monotonic()
     target = open_target(source, trust_remote_code, transform, seed)
-    require_folded(target.fold, target.stored, str(source))
+    require_folded(target.fold, target.weights, str(source))
     check_finite(target, workspace)
     record: dict[str, Any] = {"transform": target.transform, "not_folded": list(target.fold.reasons)}
     if isinstance(transform, Ost):
@@ -78,14 +79,14 @@ def transform_checkpoint(
         write_json(staged / CONFIG, {**read_config(source), **changes})
         seal(staged)
     model_bytes = sum(path.stat().st_size for path in staged.glob("*.safetensors"))
-    record |= {"model_bytes": model_bytes, "original_bytes": target.checkpoint.total_bytes}
+    record |= {"model_bytes": model_bytes, "original_bytes": target.original_bytes}
     record["seconds"] = time.monotonic() - started
     workspace.publish(UNIT, staged, out, record)
     return record
 
 
 def _tensors(target: Target, dtype: Stored) -> Iterator[tuple[str, Tensor]]:
-    for name in (*target.stored, *target.fold.added):
+    for name in (*target.weights, *target.fold.added):
         like = target.fold.added.get(name, name)
-        wide = dtype == "float32" and DTYPES[target.checkpoint.info(target.stored[like]).dtype].is_floating_point
+        wide = dtype == "float32" and DTYPES[target.weights.entry(like).dtype].is_floating_point
         yield name, target.read(name, torch.float32 if wide else None)

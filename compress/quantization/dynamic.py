@@ -30,11 +30,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from compress.codecs.dynamic import GroupQuantizer, TokenQuantizer
-from compress.errors import UsageError
-from compress.modeling.structure import matrices, require_linear
-from compress.quantization.modules import PackedLinear, packed_modules
+from compress.errors import ModelError, UsageError
+from compress.modeling.structure import matrices
+from compress.quantization.modules import Packed, PackedLinear, packed_modules
 from compress.transforms.mixing import mix, unmix
 
 PREFIX = "dynamic_kv_"
@@ -124,12 +125,18 @@ def _targets(model: PreTrainedModel) -> list[nn.Module]:
     """The modules of the target set: packed ones, or ordinary ones, or those of a stack that has both."""
     packed = packed_modules(model)
     if not packed:
-        views = matrices(model)
-        require_linear(views)
-        return [model.get_submodule(view.module) for view in views]
-    stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and packed_modules(module)]
-    inside = {id(module): module for stack in stacks for module in stack.modules()}
-    return [module for module in inside.values() if isinstance(module, (nn.Linear, PackedLinear))]
+        found = [model.get_submodule(view.module) for view in matrices(model)]
+    else:
+        stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList) and packed_modules(module)]
+        inside = {id(module): module for stack in stacks for module in stack.modules()}
+        found = [module for module in inside.values() if isinstance(module, (nn.Linear, Packed))]
+    for module in found:
+        if not isinstance(module, nn.Linear | Conv1D | PackedLinear):
+            raise ModelError(
+                f"The inputs of a {type(module).__name__} cannot be quantized: it is no linear layer.",
+                remedy="Leave out --activations.",
+            )
+    return found
 
 
 def _round_cache(model: PreTrainedModel, how: Dynamic, undo: ExitStack) -> None:

@@ -96,7 +96,7 @@ class LoopedModel:
                 weights = [self.model.get_parameter(view.parameter), self._mixed(view.parameter, fold)]
                 found[view.name] = {
                     "weight": [weight_qsur(weight) for weight in weights],
-                    "input": [before[view.module], after[view.module]],
+                    "input": [before[view.name], after[view.name]],
                 }
         return found
 
@@ -108,7 +108,7 @@ class LoopedModel:
             def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
                 if view.group not in groups:
                     groups[view.group] = weight_qsur(inputs[0].flatten(0, -2))
-                found[view.module] = groups[view.group]
+                found[view.name] = groups[view.group]
 
             return hook
 
@@ -116,7 +116,7 @@ class LoopedModel:
             if fold is not None:
                 stack.enter_context(self.transformed(fold))
             for view in self._views:
-                stack.callback(self.model.get_submodule(view.module).register_forward_pre_hook(measure(view)).remove)
+                stack.callback(self.model.get_submodule(view.name).register_forward_pre_hook(measure(view)).remove)
             self.logits({name: tensor.to(self.device) for name, tensor in batch.items()})
         return found
 
@@ -157,7 +157,7 @@ class LoopedModel:
         for view in self._views:
             signs = self._signs[view.name].input
             if signs is not None:
-                yield self.model.get_submodule(view.module).register_forward_pre_hook(_mixer(signs))
+                yield self.model.get_submodule(view.name).register_forward_pre_hook(_mixer(signs))
 
 
 class _Block(Substitute):

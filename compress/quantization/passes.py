@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from compress.modeling.stack import Call
 from compress.quantization.activations import Activations
-from compress.quantization.inputs import inputs_of
+from compress.quantization.inputs import inputs_of, routing_of
 
 
 class Replay(nn.Module):
@@ -41,7 +41,7 @@ class Passes:
     the order of their calls, each for batch after batch.
 
     `tails` (see `Structure`) are given for a block that is rounded between; `outputs` is where those of a block that
-    does not change are written.
+    does not change are written. What open experts are called with does not depend on them, so it is kept for all.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class Passes:
         self._block, self._names, self._hidden, self._calls = block, list(names), hidden, calls
         self._device, self._left, self._outputs = device, budget, outputs
         self._kept: dict[tuple[str, int], Tensor] = {}
+        self._routed: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         self._changes = tails is not None
         self._tails = tails or {}
         if self._tails and not self._replays_well():
@@ -77,6 +78,22 @@ class Passes:
             self._left += kept.nbytes
             return kept
         return self._find(name, batch)
+
+    @property
+    def block(self) -> nn.Module:
+        return self._block
+
+    def routed(self, experts: str, batch: int) -> tuple[Tensor, Tensor]:
+        """The hidden states [S, d] and choices int64 [S, k] that the open experts of that name get in `batch`."""
+        if (experts, batch) in self._routed:
+            return self._routed[experts, batch]
+        with self._replayed(batch):
+            found = routing_of(self._block, experts, self._calls[batch], self._hidden.read(batch, self._device))
+        size = sum(tensor.nbytes for tensor in found)
+        if size <= self._left:
+            self._routed[experts, batch] = found
+            self._left -= size
+        return found
 
     @torch.no_grad()
     def output(self, batch: int) -> Tensor:

@@ -11,10 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from compress.codecs.base import Codec, CodecSpec, QuantizedMatrix
-from compress.modeling.loading import empty_parameters, fill_parameters, hollow, load_config, load_tokenizer
-from compress.modeling.structure import MatrixView, find_blocks, read_view
+from compress.data.pixels import load_image_processor
+from compress.modeling.experts import open_experts
+from compress.modeling.loading import (
+    empty_parameters,
+    fill_parameters,
+    hollow,
+    load_config,
+    load_tokenizer,
+    tensor_names,
+)
+from compress.modeling.structure import MatrixView, as_matrix, find_blocks
 from compress.quantization.calibrated import BlockInputs, Calibration, Scheme
-from compress.quantization.data import CalibrationData, calibration_batches, row_length
+from compress.quantization.data import CalibrationData, calibration_batches, sample_text
 from compress.quantization.matrix import MatrixReport, quantize_matrix
 from compress.quantization.options import Ldlq, Rounding
 from compress.quantization.target import Target
@@ -69,6 +78,7 @@ class NearestRounder:
 
     def __init__(self, target: Target, codec: Codec, specs: Mapping[str, CodecSpec]) -> None:
         self._target, self._codec, self._specs = target, codec, specs
+        self._stack = ("", torch.empty(0))
 
     def first(self, done: Sequence[bool]) -> int:
         return _first_undone(done)
@@ -77,9 +87,17 @@ class NearestRounder:
         self, index: int, views: Sequence[MatrixView]
     ) -> Iterator[tuple[MatrixView, QuantizedMatrix, MatrixReport]]:
         for view in views:
-            weight = read_view(self._target.read(view.parameter, torch.float32), view)
+            weight = as_matrix(self._read(view), view).to(torch.float32)
             signs = self._target.signs(view)
             yield view, *quantize_matrix(view.name, weight, self._codec, self._specs[view.name], signs)
+
+    def _read(self, view: MatrixView) -> Tensor:
+        """The parameter of `view`; that of stacked experts is read once and kept, in the form in which it is stored."""
+        if view.index is None:
+            return self._target.read(view.parameter, torch.float32)
+        if self._stack[0] != view.parameter:
+            self._stack = (view.parameter, self._target.read(view.parameter))
+        return self._stack[1]
 
     def carry_on(self, index: int) -> Committed:
         return {}
@@ -121,12 +139,9 @@ class CalibratedRounder:
         self._target, self._workspace = target, workspace
         self._device = torch.device(options.device)
         self._model: PreTrainedModel = hollow(load_config(target.source, trust_remote_code), trust_remote_code)
-        named = [options.data] if isinstance(options.data, str) else options.data
-        texts = [part for part in named if isinstance(part, str)]
-        length = row_length(self._model, options.context)
-        size = f"{options.rows} rows of {length} tokens of {' + '.join(texts)}, seed {options.seed}"
         assert isinstance(options.options, Ldlq)
-        self.text = f"{options.options.text}, {size if texts else 'batches as given'}"
+        drawn = sample_text(self._model, options.data, options.rows, options.context, options.seed)
+        self.text = f"{options.options.text}, {drawn}"
         self._blocks = [name for name, _ in find_blocks(self._model)]
         batches = calibration_batches(
             self._model,
@@ -135,6 +150,7 @@ class CalibratedRounder:
             rows=options.rows,
             context=options.context,
             seed=options.seed,
+            processor=lambda: load_image_processor(target.source, trust_remote_code),
         )
         signs = {view.name: target.signs(view).to(self._device) for view in target.views}
         scheme = Scheme(codec, specs, signs, options.options)
@@ -154,7 +170,7 @@ class CalibratedRounder:
         index = 0
         if stored is not None and stored["block"] <= finished:
             index = int(stored["block"])
-            self._inputs = self._calibration.reopen(index)
+            self._inputs = self._calibration.reopen(index, stored["shapes"])
         elif finished:
             self._workspace.events.emit("note", text="The hidden states of the last run are gone: begun anew.")
         self._remove_files(keep=self._inputs.files)
@@ -174,7 +190,9 @@ class CalibratedRounder:
         self._inputs = self._calibration.carry_on(index, self._block, self._before)
         empty_parameters(self._model, self._names(index))
         self._block = None
-        return {} if self._inputs is None else {INPUTS: (self._inputs.files, {"block": index + 1})}
+        if self._inputs is None:
+            return {}
+        return {INPUTS: (self._inputs.files, {"block": index + 1, "shapes": self._inputs.rounded.shapes})}
 
     def committed(self, index: int) -> None:
         if self._before is not None:
@@ -192,21 +210,19 @@ class CalibratedRounder:
     def _record(self) -> None:
         """What the blocks are called with, and the inputs of the first one."""
         inside = {name for index in range(len(self._blocks)) for name in self._names(index)}
-        body = f"{self._model.base_model_prefix}." if self._model.base_model is not self._model else ""
-        names = [f"{body}{name}" for name, _ in self._model.base_model.named_parameters()]
-        before = [name for name in names if name not in inside]
+        body = self._model.base_model_prefix if self._model.base_model is not self._model else ""
+        before = [name for name in tensor_names(self._model, body) if name not in inside]
         fill_parameters(self._model, before, self._read)
         self._inputs = self._calibration.record_inputs(self._load(0))
         empty_parameters(self._model, [*before, *self._names(0)])
 
     def _load(self, index: int) -> nn.Module:
-        """Block `index` with its weights in float32."""
+        """Block `index` with its weights in float32, each expert a map of its own."""
         fill_parameters(self._model, self._names(index), self._read)
-        return self._model.get_submodule(self._blocks[index])
+        return open_experts(self._model.get_submodule(self._blocks[index]))
 
     def _names(self, index: int) -> list[str]:
-        prefix = self._blocks[index]
-        return [name for name, _ in self._model.get_submodule(prefix).named_parameters(prefix=prefix)]
+        return tensor_names(self._model, self._blocks[index])
 
     def _read(self, name: str) -> Tensor:
         return self._target.read(name, torch.float32).to(self._device)

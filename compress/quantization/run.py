@@ -29,7 +29,8 @@ from compress.modeling.io import stream_tensors
 from compress.modeling.structure import MatrixView
 from compress.modeling.writer import MAX_SHARD_BYTES, write_tensors
 from compress.ops import backend
-from compress.quantization.blocks import by_block, mean_error
+from compress.quantization.blocks import by_block, mean_error, stacked
+from compress.quantization.calibrated import UNSEEN
 from compress.quantization.matrix import MatrixReport, require_finite
 from compress.quantization.options import Ldlq
 from compress.quantization.ost import learn_checkpoint
@@ -53,6 +54,7 @@ def quantize_checkpoint(
     calibration: CalibrationOptions | None = None,
     transform: Transform = NOTHING,
     seed: int = 0,
+    towers: bool = False,
     bits_target: float | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     trust_remote_code: bool = False,
@@ -60,7 +62,8 @@ def quantize_checkpoint(
     """Quantize the model in `source` into the artifact `out` and return its report, which is also `out/report.json`.
 
     `specs` gives each matrix of the target set what it is stored as. Without `calibration` each is rounded to the
-    nearest, and no transform can be learned. Units of `workspace` named `quantize/...` are used.
+    nearest, and no transform can be learned. `towers` are quantized too if asked for. Units of `workspace` named
+    `quantize/...` are used.
     Raises `ModelError`, `NumericsError` or `CodecError` for what cannot be quantized, `UsageError` when `out` is
     taken or, like the work folder, inside `source`, `WorkspaceError` on a full disk; `out` then does not exist.
     """
@@ -70,7 +73,7 @@ def quantize_checkpoint(
         return report
     check_outside(source, out, workspace)
     check_free(out, workspace.overwrite)
-    target = open_target(source, trust_remote_code, transform, seed)
+    target = open_target(source, trust_remote_code, transform, seed, towers)
     _check_specs(target, specs)
     check_finite(target, workspace)
     blocks = by_block(target.views)
@@ -93,7 +96,7 @@ def quantize_checkpoint(
         staged.mkdir()
         tensors = _assemble(target, [_unit_file(workspace, index) for index in range(len(blocks))])
         write_weights(staged, entries(target, specs), tensors, max_shard_bytes)
-        stored = {view.module: specs[view.name] for view in target.views}
+        stored = {view.place: specs[view.name] for view in target.views}
         config = QuantizationConfig.from_specs(stored, target.ignore, report["bits_per_weight"])
         report["seconds"] = sum(record["seconds"] for record in records) + time.monotonic() - started
         report["peak_rss_bytes"] = max(peak_rss_bytes(), *(record["peak_rss_bytes"] for record in records))
@@ -137,14 +140,18 @@ def _quantize_one(index: int, views: Sequence[MatrixView], rounder: Rounder, wor
     """Quantize one block and commit it; its record."""
     started = time.monotonic()
     path = _unit_file(workspace, index)
-    payloads, reports = {}, []
+    rounded, reports = [], []
     for view, matrix, report in rounder.round_block(index, views):
-        payloads[view.parameter] = matrix.payload()
+        rounded.append((view, matrix.payload()))
         reports.append(report.to_dict())
         for text in report.doubts():
             workspace.events.emit("warning", text=text)
+    unseen = [row["name"] for row in reports if row["status"] == UNSEEN]
+    if unseen:
+        text = f"{len(unseen)} matrices of experts got no token and were calibrated with all of their layer's, such as"
+        workspace.events.emit("warning", text=f"{text} '{unseen[0]}'. report.json lists them.")
     with disk_errors(path):
-        write_tensors(path, payloads)
+        write_tensors(path, stacked(rounded))
     carried = rounder.carry_on(index)
     record = {"matrices": reports, "seconds": time.monotonic() - started, "peak_rss_bytes": peak_rss_bytes()}
     workspace.commit_all({_unit(index): ([path], record), **carried})
@@ -155,7 +162,7 @@ def _quantize_one(index: int, views: Sequence[MatrixView], rounder: Rounder, wor
 def _assemble(target: Target, unit_files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
     """All tensors of the artifact, one at a time: first those that are not packed, then each block's payloads."""
     packed = {view.parameter for view in target.views}
-    for name in (*target.stored, *target.fold.added):
+    for name in (*target.weights, *target.fold.added):
         if name not in packed:
             yield name, target.read(name)
     for path in unit_files:
@@ -175,9 +182,10 @@ def _report(
         "bits_per_weight": size.bits_per_weight,
         "model_bits_per_weight": size.model_bits_per_weight,
         "model_bytes": size.model_bytes,
-        "original_bytes": target.checkpoint.total_bytes,
+        "original_bytes": target.original_bytes,
         "parameters": target.parameters,
         "backend": backend(),
+        "unseen_experts": [row["name"] for record in records for row in record["matrices"] if row["status"] == UNSEEN],
         "matrices": [row for record in records for row in record["matrices"]],
     }
 
@@ -186,9 +194,9 @@ def check_finite(target: Target, workspace: Workspace) -> None:
     """Read every parameter once before the work begins: a NaN should not be found after hours of it."""
     unit = f"{STAGE}/checked"
     if workspace.done(unit) is None:
-        for name, stored in target.stored.items():
+        for name in target.weights:
             if name in target.known:
-                require_finite(stored, target.checkpoint.read(stored))
+                require_finite(target.weights.sources(name)[0], target.weights.read(name))
         workspace.commit(unit, [], {})
 
 

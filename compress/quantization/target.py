@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from compress.codecs.base import CodecSpec
 from compress.codecs.registry import codec_of
@@ -21,10 +22,10 @@ from compress.errors import ModelError
 from compress.modeling.io import Checkpoint
 from compress.modeling.layout import DTYPES, Entry, plan_shards
 from compress.modeling.loading import load_config, parameter_count, require_unquantized, skeleton
-from compress.modeling.names import stored_names
 from compress.modeling.scalings import Scalings
 from compress.modeling.sites import Sites
-from compress.modeling.structure import MatrixView, matrices, require_linear
+from compress.modeling.structure import Convolution, MatrixView, matrices, require_linear
+from compress.modeling.weights import StoredWeights
 from compress.modeling.writer import MAX_SHARD_BYTES
 from compress.quantization.transforms import Auto, Hadamard, Ost, Transform, Untransformed
 from compress.transforms.basis import Basis, hadamard_basis
@@ -35,21 +36,21 @@ from compress.transforms.probe import proven_scalings, proven_sites
 from compress.transforms.signs import Signs
 
 NOTHING = Untransformed()
+MAPS = (nn.Linear, nn.Embedding, Conv1D, *get_args(Convolution))
 
 
 @dataclass(frozen=True)
 class Target:
-    """A checkpoint to be quantized. `stored` maps a parameter, as the model spells it, to the checkpoint's tensor;
-    `ignore` names the embeddings and linear maps outside of the target set; `parameters` counts tied ones once.
+    """A checkpoint to be quantized. `weights` are its tensors as the model spells them; `ignore` names the embeddings
+    and linear maps outside of the target set; `parameters` counts tied ones once.
 
     `fold` is what a transform makes of the parameters before they are rounded, `mixing` which sides of each matrix, by
     its name, are mixed at run time, with signs from `seed`; `transform` is what was chosen, as text.
     """
 
     source: Path
-    checkpoint: Checkpoint
+    weights: StoredWeights
     views: tuple[MatrixView, ...]
-    stored: Mapping[str, str]
     known: frozenset[str]
     ignore: tuple[str, ...]
     parameters: int
@@ -58,13 +59,9 @@ class Target:
     seed: int
     transform: str
 
-    def read_original(self, parameter: str) -> Tensor:
-        """The tensor of the checkpoint for `parameter`, a name of the model's."""
-        return self.checkpoint.read(self.stored[parameter])
-
     def read(self, parameter: str, dtype: torch.dtype | None = None) -> Tensor:
         """`parameter` after the transform, in `dtype` (None: the stored one)."""
-        tensor = self.fold.tensor(parameter, self.read_original, dtype)
+        tensor = self.fold.tensor(parameter, self.weights.read, dtype)
         return tensor if dtype is None else tensor.to(dtype)
 
     def signs(self, view: MatrixView) -> Signs:
@@ -73,12 +70,12 @@ class Target:
 
     def learned(self, tensors: Mapping[str, Tensor]) -> Target:
         """The same, changed by what `Ost` learned."""
-        return replace(self, fold=learned_fold(self.fold, tensors, self.seed, self.read_original))
+        return replace(self, fold=learned_fold(self.fold, tensors, self.seed, self.weights.read))
 
     @property
-    def weights(self) -> int:
-        """Weights of the target set."""
-        return sum(view.weights for view in self.views)
+    def original_bytes(self) -> int:
+        """Bytes of the checkpoint's weight files."""
+        return self.weights.checkpoint.total_bytes
 
 
 @dataclass(frozen=True)
@@ -95,25 +92,25 @@ def open_target(
     trust_remote_code: bool = False,
     transform: Transform = NOTHING,
     seed: int = 0,
+    towers: bool = False,
 ) -> Target:
-    """Read config and headers of the model in `source`, which `transform` is to change with signs from `seed`.
+    """Read config and headers of the model in `source`, which `transform` is to change with signs from `seed`. Its
+    `towers` are in the target set if asked for.
 
-    Raises `ModelError` for a model that is damaged, already quantized, of unknown structure, mixture-of-experts, or
-    whose checkpoint lacks a matrix of the target set or has it in another shape.
+    Raises `ModelError` for a model that is damaged, already quantized, of unknown structure, or whose checkpoint lacks
+    a matrix of the target set or has it in another shape.
     """
     config = load_config(source, trust_remote_code)
     require_unquantized(config, str(source))
     checkpoint = Checkpoint(source)
     model = skeleton(config, trust_remote_code)
-    views = matrices(model)
-    require_linear(views)
-    stored = stored_names(checkpoint.names(), model)
-    change = transformed(model, views, transform, seed, lambda name: checkpoint.read(stored[name]))
+    views = matrices(model, towers)
+    weights = StoredWeights(checkpoint, model)
+    change = transformed(model, views, transform, seed, weights.read)
     target = Target(
         source=source,
-        checkpoint=checkpoint,
+        weights=weights,
         views=tuple(views),
-        stored=stored,
         known=frozenset(model.state_dict()),
         ignore=untouched(model, views),
         parameters=parameter_count(model),
@@ -123,7 +120,13 @@ def open_target(
         transform=change.text,
     )
     for view in views:
-        _check_view(target, view)
+        shape, asked = weights.entry(view.parameter).shape, tuple(model.get_parameter(view.parameter).shape)
+        if shape != asked:
+            raise ModelError(
+                f"Tensor '{weights.sources(view.parameter)[0]}' in '{source}' has shape {list(shape)}; config.json "
+                f"asks for {list(asked)}.",
+                remedy="Config and weights are of different models; copy the whole folder again.",
+            )
     return target
 
 
@@ -156,6 +159,7 @@ def transformed(
     sites = proven_sites(model)
     basis = hadamard_basis(sites, seed)
     if isinstance(transform, Ost):
+        require_linear(views, model)
         scalings = require_places(model, sites, transform)
         resting = learned_shapes(sites, scalings, transform.parts)
         tensors = {name: torch.zeros(shape) for name, shape in resting.items() if not is_rotation(name)}
@@ -203,14 +207,12 @@ def require_places(model: PreTrainedModel, sites: Sites, transform: Ost) -> Scal
     return scalings
 
 
-def untouched(model: nn.Module, views: list[MatrixView]) -> tuple[str, ...]:
+def untouched(model: nn.Module, views: Sequence[MatrixView]) -> tuple[str, ...]:
     """Names of the embeddings and linear maps of `model` that are not among `views`."""
-    packed = {view.module for view in views}
-    return tuple(
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Embedding) and name not in packed
-    )
+    packed = {view.place for view in views}
+    left = [view.place for view in matrices(model, towers=True)]
+    left += [name for name, module in model.named_modules() if isinstance(module, MAPS)]
+    return tuple(name for name in dict.fromkeys(left) if name not in packed)
 
 
 def entries(
@@ -218,13 +220,16 @@ def entries(
 ) -> list[Entry]:
     """Every tensor of the result, in the model's order: payloads for the matrices that have a spec, the rest in
     `dtype`."""
-    packed = {view.parameter: _bits(specs[view.name], view) // 8 for view in target.views if view.name in specs}
+    packed: dict[str, tuple[int, ...]] = {}
+    for view in target.views:
+        if view.name in specs:
+            length = _bits(specs[view.name], view) // 8
+            packed[view.parameter] = (length,) if view.index is None else (view.index + 1, length)
     planned = []
-    added = {new: target.stored[old] for new, old in target.fold.added.items()}
-    for name, stored in {**target.stored, **added}.items():
-        info = target.checkpoint.info(stored)
+    for name, like in (*((name, name) for name in target.weights), *target.fold.added.items()):
+        info = target.weights.entry(like)
         if name in packed:
-            planned.append(Entry(name, "I8", (packed[name],)))
+            planned.append(Entry(name, "I8", packed[name]))
         else:
             wide = dtype == "float32" and DTYPES[info.dtype].is_floating_point
             planned.append(Entry(name, "F32" if wide else info.dtype, info.shape))
@@ -235,23 +240,8 @@ def predict(target: Target, specs: Mapping[str, CodecSpec], max_shard_bytes: int
     """The artifact's size for these `specs`, exact, without reading a weight."""
     size = sum(shard.nbytes for shard in plan_shards(entries(target, specs), max_shard_bytes))
     bits = sum(_bits(specs[view.name], view) for view in target.views)
-    return Prediction(size, bits / target.weights, 8 * size / target.parameters)
+    return Prediction(size, bits / sum(view.weights for view in target.views), 8 * size / target.parameters)
 
 
 def _bits(spec: CodecSpec, view: MatrixView) -> int:
     return codec_of(spec).bits(spec, view.shape)
-
-
-def _check_view(target: Target, view: MatrixView) -> None:
-    name = target.stored.get(view.parameter)
-    if name is None:
-        raise ModelError(
-            f"The checkpoint in '{target.source}' has no tensor '{view.parameter}', which its config.json asks for.",
-            remedy="Correct 'architectures' and sizes in config.json, or save the model again.",
-        )
-    shape = target.checkpoint.info(name).shape
-    if shape != view.shape:
-        raise ModelError(
-            f"Tensor '{name}' in '{target.source}' has shape {list(shape)}; config.json asks for {list(view.shape)}.",
-            remedy="Config and weights are of different models; copy the whole folder again.",
-        )

@@ -10,11 +10,12 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from compress.errors import RecipeError, nearest
+from compress.errors import RecipeError, nearest, quoted
 from compress.recipe.document import Document, parse_scalar
 from compress.recipe.schema import Recipe
 
 Location = tuple[str | int, ...]
+MOST_NAMED = 4
 
 
 def packaged_recipes() -> dict[str, Path]:
@@ -163,11 +164,24 @@ def _explain(error: ErrorDetails, document: Document | None, settings: Mapping[s
     allowed = allowed_text(error)
     if not name:
         return f"{where}{allowed}."
-    return f"{where}'{name}' is {error['input']!r}. Allowed: {allowed}."
+    if error["type"] == "value_error" and isinstance(error["input"], Mapping):
+        return f"{where}'{name}': {allowed}."
+    return f"{where}'{name}' is {_spelled(error['input'])}. Allowed: {allowed}."
+
+
+def _spelled(value: Any) -> str:
+    """A value as a message shows it: a part of a recipe by its kind, anything else as it was written."""
+    if isinstance(value, Mapping):
+        return f"a mapping of {', '.join(map(str, list(value)[:MOST_NAMED])) or 'nothing'}"
+    if isinstance(value, list) and any(isinstance(entry, (Mapping, list)) for entry in value):
+        return f"a list of {len(value)}"
+    return "empty" if value is None else quoted(value)
 
 
 def allowed_text(error: ErrorDetails) -> str:
     """What would have been right, in the words of pydantic's message."""
+    if error["type"] in ("model_type", "dict_type"):
+        return "a mapping of keys"
     text = error["msg"]
     for prefix in ("Value error, ", "Input should be ", "String should have "):
         text = text.removeprefix(prefix)

@@ -30,7 +30,7 @@ def parse_bytes(text: str) -> int:
     """Bytes of a number with a decimal unit: `500MB`, `1.5 GB`, `64000000`. Raises `ValueError` for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?B)?", text.strip())
     if match is None:
-        raise ValueError(f"{text!r} is no number of bytes, such as 500MB or 2GB")
+        raise ValueError("a number of bytes, such as 500MB or 2GB")
     return round(float(match[1]) * UNITS[match[2] or ""])
 
 
@@ -105,14 +105,19 @@ class TransformRecipe(CalibratedPart):
             raise ValueError(f"the transform {self.transform.name} is none that can be folded: write hadamard or ost")
         if (self.transform.name == "ost") != (self.data is not None):
             what = "needs" if self.data is None else "uses no"
-            raise ValueError(f"the transform {self.transform.name} {what} `data`")
+            raise ValueError(f"the transform {self.transform.name} {what} data (--data)")
         return self
 
 
 class QuantizeRecipe(CalibratedPart):
     """Give the linear maps of the model's blocks few bits."""
 
-    bits: float = Field(gt=0, le=32, description="bits per weight over the target set, everything stored counted")
+    bits: float | None = Field(
+        None,
+        gt=0,
+        le=32,
+        description="bits per weight over the target set, everything stored counted; without it the codec's only rate",
+    )
     codec: Method = Field(
         Method(name="half_pyramid"), description="how a matrix becomes bits; pyramid where the result is exported"
     )
@@ -124,6 +129,9 @@ class QuantizeRecipe(CalibratedPart):
         description="what is done to the matrices before rounding: none, hadamard, or ost[:key=value,...], which is "
         "learned from the data; auto: hadamard for calibrated half_pyramid, where no head is untied and nothing is "
         "exported",
+    )
+    towers: bool = Field(
+        False, description="quantize what reads images or sound beside a language model too (without data)"
     )
     memory: Text = Field("2GB", description="hidden states that are kept in memory; more than that goes to disk")
 
@@ -137,11 +145,11 @@ class QuantizeRecipe(CalibratedPart):
     def _rounding_has_data(self) -> QuantizeRecipe:
         learns = self.transform.name == "ost"
         if learns and self.data is None:
-            raise ValueError("the transform ost needs `data`")
+            raise ValueError("the transform ost needs data (--data)")
         if self.rounding is not None and (self.rounding.name == "nearest") != (self.data is None):
             if self.rounding.name == "nearest" and learns:
                 return self
-            what = "uses no data" if self.rounding.name == "nearest" else "needs `data`"
+            what = "uses no data" if self.rounding.name == "nearest" else "needs data (--data)"
             raise ValueError(f"the rounding {self.rounding.name} {what}")
         return self
 
@@ -156,7 +164,7 @@ class QuantizeRecipe(CalibratedPart):
 class ExportRecipe(Part):
     """Write the model in another format."""
 
-    to: Literal["onnx"]
+    to: Literal["onnx", "bitsandbytes"]
 
 
 class EvaluateRecipe(Part):
@@ -207,7 +215,8 @@ class Recipe(Part):
         quantize = data.get("quantize") if isinstance(data, dict) else None
         if not isinstance(quantize, dict) or "codec" in quantize or not data.get("export"):
             return data
-        return {**data, "quantize": {**quantize, "codec": "pyramid"}}
+        only = data["export"] == [{"to": "bitsandbytes"}]
+        return {**data, "quantize": {**quantize, "codec": "nf4" if only else "pyramid"}}
 
     @model_validator(mode="after")
     def _coherent(self) -> Recipe:

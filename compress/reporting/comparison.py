@@ -24,9 +24,10 @@ from compress.data import text_source, tokenize
 from compress.evaluation.evaluate import evaluate
 from compress.evaluation.generate import OnnxDecoder, generate_sampled
 from compress.evaluation.latency import tokens_per_second
+from compress.evaluation.readers import check_readers, load_reader
 from compress.exporters import export_onnx
 from compress.formats.sizes import model_size
-from compress.modeling.loading import check_tokenizers, load_model, load_tokenizer
+from compress.modeling.loading import kind_of, load_model
 from compress.modeling.resolve import resolve_model
 from compress.quantization.dynamic import Dynamic, dynamic_quantization
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from compress.events import Events
     from compress.recipe import EvaluateRecipe
 
+SHOWN = ("perplexity", "kl_divergence", "cosine", "accuracy")
 SAMPLE_PROMPT, SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 16, 48, 0.7
 
 
@@ -61,10 +63,11 @@ def compare(
     reference = None
     if asked.reference is not None:
         reference = load_model(asked.reference, device=device, trust_remote_code=trust_remote_code)
-        tokenizer = load_tokenizer(asked.reference, trust_remote_code)
+        kind = kind_of(reference)
+        reader = load_reader(kind, asked.reference, trust_remote_code)
         for subject in subjects:
-            other = load_tokenizer(subject.model, trust_remote_code)
-            check_tokenizers(subject.name, other, asked.reference, tokenizer)
+            other = load_reader(kind, subject.model, trust_remote_code)
+            check_readers(kind, subject.name, other, asked.reference, reader)
     how = Dynamic.of_bits(asked.activations, asked.kv, asked.kv_group, asked.mix_keys)
     if how.figures() and (asked.tokens_per_second or any(subject.onnx is not None for subject in subjects)):
         events.emit("note", text="Speeds and exports are without quantized activations, keys and values.")
@@ -83,7 +86,7 @@ def compare(
                 trust_remote_code,
                 asked.samples if is_last else 0,
             )
-            shown = {k: v for k, v in figures[subject.name].items() if k in ("perplexity", "kl_divergence", "cosine")}
+            shown = {k: v for k, v in figures[subject.name].items() if k in SHOWN}
             events.emit(
                 "step",
                 stage="evaluate",
@@ -107,7 +110,8 @@ def _measure(
     samples: int,
 ) -> dict[str, Any]:
     folder = resolve_model(subject.model)
-    tokenizer = load_tokenizer(folder, trust_remote_code)
+    kind = kind_of(model)
+    reader: Any = load_reader(kind, folder, trust_remote_code)
     figures: dict[str, Any] = asdict(model_size(folder, trust_remote_code))
     figures |= evaluate(
         model,
@@ -115,7 +119,8 @@ def _measure(
         reference=reference,
         context=asked.context,
         limit=asked.limit,
-        tokenizer=tokenizer,
+        tokenizer=None if kind == "image" else reader,
+        image_processor=reader if kind == "image" else None,
         running=partial(dynamic_quantization, how=how),
     )
     figures |= how.figures()
@@ -123,7 +128,7 @@ def _measure(
         figures |= _speeds(subject, model, scratch, trust_remote_code)
     if samples:
         with dynamic_quantization(model, how):
-            figures["samples"] = write_samples(model, tokenizer, asked.data, samples)
+            figures["samples"] = write_samples(model, reader, asked.data, samples)
     return figures
 
 

@@ -12,6 +12,8 @@ from compress.quantization.dynamic import Dynamic, dynamic_quantization
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from compress.data.pixels import ImageProcessor
+
 
 def evaluate(
     model: str | PreTrainedModel,
@@ -26,13 +28,14 @@ def evaluate(
     limit: int | None = None,
     device: str = "cpu",
     tokenizer: PreTrainedTokenizerBase | None = None,
+    image_processor: ImageProcessor | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Measure `model` on `data`: perplexity and bits per byte for a causal model (and its KL divergence from
-    `reference`), the embeddings' cosine with `reference` for an encoder. `evaluation/causal.py` and
-    `evaluation/encoder.py` define each figure. A model named by a string is loaded in float32, one given as an object
-    runs as it is. The tokenizer is that of the model, or of the reference when the model is an object. `limit` is in
-    tokens.
+    """Measure `model` on `data`: perplexity and bits per byte for a model that predicts tokens (and its KL divergence
+    from `reference`), the embeddings' cosine with `reference` for an encoder, accuracy and divergence for an image
+    classifier. The files of `compress/evaluation` define each figure. A model named by a string is loaded in float32,
+    one given as an object runs as it is. The tokenizer, or the image processor, is that of the model, or of the
+    reference when the model is an object. `limit` is in tokens, or in images.
 
     `activations` and `kv` are bits, 2 to 8: the model, never the reference, runs with the inputs of its matrices, and
     with its keys and values, rounded to so many (`quantization/dynamic.py`). `kv_group` channels of a head share a
@@ -53,6 +56,7 @@ def evaluate(
         limit=limit,
         device=device,
         tokenizer=tokenizer,
+        image_processor=image_processor,
         trust_remote_code=trust_remote_code,
         running=partial(dynamic_quantization, how=how),
     )

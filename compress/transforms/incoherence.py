@@ -42,9 +42,9 @@ def online_mixing(views: Sequence[MatrixView], sites: Sites) -> dict[str, str]:
     outputs = {site.value for site in sites.values}
     if sites.residual is not None:
         inputs |= sites.residual.readers.keys()
-        outputs |= {view.module for view in views}
+        outputs |= {view.name for view in views}
     words = {(False, False): "none", (True, False): "input", (False, True): "output", (True, True): "both"}
-    return {view.name: words[view.module not in inputs, view.module not in outputs] for view in views}
+    return {view.name: words[view.name not in inputs, view.name not in outputs] for view in views}
 
 
 def online_cost(views: Sequence[MatrixView], mixing: Mapping[str, str]) -> OnlineCost:

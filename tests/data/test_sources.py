@@ -109,7 +109,18 @@ def test_numbers_are_names_where_the_header_has_them(tmp_path: Path) -> None:
         ("text:{here}/missing.txt", "no file"),
         ("text:{here}", "is a folder"),
         ("text:{here}/latin.txt", "not UTF-8 text: byte 1"),
-        ("text:{here}/empty.txt", "holds no text"),
+        ("text:{here}/empty.txt", "empty.txt.* is empty: it holds no text"),
+        ("json:{here}/empty.txt#q", "empty.txt.* is empty: it holds no text"),
+        ("csv:{here}/empty.txt#q", "empty.txt.* is empty: it holds no text"),
+        ("json:{here}/none.json#q", "has no record: it holds no text"),
+        ("json:{here}/blank.json#q", "holds no text"),
+        ("csv:{here}/header.csv#a", "holds no text"),
+        ("json:{here}/list.json#q", "'q' of record 0 of .* is of type list, not text"),
+        ("json:{here}/half.json#q", "half of a surrogate pair"),
+        ("json:{here}/deep.json#q", "neither a JSON list nor JSON lines"),
+        ("json:{here}/number.json#q", "Record 1 of .* is a int, not an object"),
+        ("json:{here}/named.json#titel", "Did you mean 'title'"),
+        ("csv:{here}/open.csv#a", "is not CSV: unexpected end of data"),
         ("json:{here}/latin.txt", "names no field"),
         ("json:{here}/bad.json#q", "neither a JSON list nor JSON lines"),
         ("json:{here}/good.json#x", "Record 0 .* has no field 'x' .it has: q"),
@@ -125,5 +136,29 @@ def test_what_is_wrong_is_said(tmp_path: Path, spec: str, message: str) -> None:
     (tmp_path / "bad.json").write_text("{")
     (tmp_path / "good.json").write_text('[{"q": "1"}]')
     (tmp_path / "good.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "none.json").write_text("[]")
+    (tmp_path / "named.json").write_text('[{"title": "x"}]')
+    (tmp_path / "blank.json").write_text('[{"q": ""}, {"q": null}]')
+    (tmp_path / "header.csv").write_text("a,b\n")
+    (tmp_path / "list.json").write_text('[{"q": ["1"]}]')
+    (tmp_path / "half.json").write_text('[{"q": "\\ud800"}]')
+    (tmp_path / "deep.json").write_text("[" * 200_000)
+    (tmp_path / "number.json").write_text('[{"q": "1"}, 2]')
+    (tmp_path / "open.csv").write_text('a,b\n1,2\n"3,4\n5,6\n')
     with pytest.raises(DataError, match=message):
         fingerprint(text_source(spec.format(here=tmp_path)))
+
+
+def test_numbers_are_no_text_but_beside_text(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text('[{"n": 3, "text": "three"}, {"n": 0.5, "text": "a half"}]')
+    assert [document.text for document in text_source(f"json:{path}#n,text").documents()] == ["3\nthree", "0.5\na half"]
+    with pytest.raises(DataError, match=r"field 'n' of record 0 .* of type int, not text"):
+        list(text_source(f"json:{path}#n").documents())
+
+
+def test_the_broken_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n\n{"text": "b"}\n{"text": "c')
+    with pytest.raises(DataError, match="in line 4"):
+        list(text_source(f"json:{path}#text").documents())

@@ -10,17 +10,30 @@ import torch
 from transformers import (
     BertConfig,
     BertModel,
+    CLIPVisionConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MistralConfig,
     MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ResNetModel,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
+import compress
 from compress.codecs import codec
 from compress.exporters import ExportReport
 from compress.modeling.structure import matrices
@@ -37,6 +50,11 @@ SIZES = {
     "num_attention_heads": 4,
 }
 GROUPED = {**SIZES, "num_key_value_heads": 2}
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+VISION = {**VISION, "image_size": 16, "patch_size": 4}
+# rows of the convolutions' matrices are 27, 8 and 72 weights long
+CONVOLUTIONS = {"embedding_size": 8, "hidden_sizes": [16], "depths": [1], "layer_type": "basic"}
+POSITIONS = 128
 
 
 @dataclass
@@ -89,10 +107,53 @@ def bert() -> PreTrainedModel:
     return pack(BertModel(BertConfig(**SIZES)))
 
 
+def gpt2() -> PreTrainedModel:
+    """With a table of positions, and weights that are stored transposed."""
+    sizes = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": POSITIONS}
+    return integers(GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)))
+
+
+def opt() -> PreTrainedModel:
+    """With a table of positions that begins at its third row."""
+    sizes = {**SIZES, "ffn_dim": 96, "word_embed_proj_dim": 64, "max_position_embeddings": POSITIONS}
+    return integers(OPTForCausalLM(OPTConfig(**sizes)))
+
+
+def vit() -> PreTrainedModel:
+    return integers(ViTForImageClassification(ViTConfig(**VISION, num_labels=5)))
+
+
+def resnet() -> PreTrainedModel:
+    return integers(ResNetForImageClassification(ResNetConfig(**CONVOLUTIONS, num_labels=5)))
+
+
+def backbone() -> PreTrainedModel:
+    """Of values from a table, which are rounded."""
+    return compress.quantize(ResNetModel(ResNetConfig(**CONVOLUTIONS)).eval(), codec="nf4:block=32")
+
+
+def llava() -> PreTrainedModel:
+    """A language model and a tower that are both quantized."""
+    text = {**GROUPED, "vocab_size": 128, "tie_word_embeddings": True}
+    parts = {"text_config": LlamaConfig(**text), "vision_config": CLIPVisionConfig(**VISION)}
+    model = LlavaForConditionalGeneration(LlavaConfig(**parts, image_token_index=127))
+    return integers(model, towers=True)
+
+
+def integers(model: PreTrainedModel, **options: bool) -> PreTrainedModel:
+    return compress.quantize(model.eval(), bits=4.9, codec="integer:group=16", **options)
+
+
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": llama,
     "qwen2": qwen2,
     "qwen3": qwen3,
     "mistral": mistral,
     "bert": bert,
+    "gpt2": gpt2,
+    "opt": opt,
+    "vit": vit,
+    "resnet": resnet,
+    "backbone": backbone,
+    "llava": llava,
 }

@@ -65,8 +65,8 @@ def test_inspect(artifact: Path) -> None:
 def test_artifact_of_save_pretrained(tmp_path: Path, architecture: str, family: str) -> None:
     """Saved whole, and as the bare backbone, which the names in quantization_config do not quite fit any more."""
     model = compress.quantize(families.build(architecture, family), bits=3.3)
-    rate = model.config.quantization_config["bits_per_weight"]
-    assert model.config.quantization_config["modules"]
+    rate = model.config.quantization_config.bits_per_weight
+    assert model.config.quantization_config.modules
     families.save(model, tmp_path / "whole")
     families.save(AutoModel.from_pretrained(tmp_path / "whole"), tmp_path / "bare")
     for folder in (tmp_path / "whole", tmp_path / "bare"):
@@ -110,7 +110,7 @@ def test_checksums_that_lead_outside(copy: Path) -> None:
     sums = json.loads((copy / "compress.json").read_text())
     sums["files"]["../../etc/passwd"] = {"bytes": 1, "sha256": "0"}
     (copy / "compress.json").write_text(json.dumps(sums))
-    with pytest.raises(ArtifactError, match="missing"):
+    with pytest.raises(ArtifactError, match=r"compress\.json' is damaged: '\.\./\.\./etc/passwd'"):
         inspect_artifact(copy)
 
 
@@ -131,7 +131,7 @@ def test_not_an_artifact(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no folder"):
         Artifact(tmp_path / "none")
     families.save(families.llama(num_hidden_layers=1), tmp_path)
-    with pytest.raises(ArtifactError, match="not quantized by compress"):
+    with pytest.raises(ArtifactError, match="is not quantized"):
         Artifact(tmp_path)
 
 
@@ -139,10 +139,8 @@ def test_width_that_does_not_fit_the_payload(copy: Path) -> None:
     config = json.loads((copy / "config.json").read_text())
     config["quantization_config"]["default"]["width"] = 30
     (copy / "config.json").write_text(json.dumps(config))
-    artifact = Artifact(copy)
-    name = next(name for name in artifact.modules if name not in config["quantization_config"]["modules"])
-    with pytest.raises(ArtifactError, match="bytes of int8"):
-        artifact.matrix(name)
+    with pytest.raises(ArtifactError, match=r"copy' in matrix '.*bytes of int8; the payload is \[\d+\] of I8"):
+        Artifact(copy)
 
 
 COMPANIONS = [

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 import compress
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, UsageError
 from compress.modeling.io import WEIGHTS, Checkpoint
 from compress.modeling.loading import load_tokenizer
 from compress.quantization.modules import packed_modules
@@ -159,8 +159,9 @@ def test_quantizing_while_loading_is_refused(tmp_path: Path) -> None:
     from compress.integrations.transformers import CompressConfig
 
     families.save(families.llama(num_hidden_layers=1), tmp_path)
-    with pytest.raises(ValueError, match="pre-quantized"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=CompressConfig())
+    for asked in (CompressConfig(), {"quant_method": "compress"}):
+        with pytest.raises(UsageError, match=r"while it is loaded\. .*compress\.quantize\(model\)"):
+            AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=asked)
 
 
 def test_real_model(real_data: Path, tmp_path: Path) -> None:

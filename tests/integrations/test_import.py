@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -47,13 +45,3 @@ def test_verbs() -> None:
         assert name in dir(compress)
     with pytest.raises(AttributeError, match="no attribute 'frobnicate'"):
         compress.frobnicate  # noqa: B018
-
-
-def test_verbs_survive_the_import_of_every_submodule() -> None:
-    """A verb and a subpackage must not share a name: the import of the latter would hide the former."""
-    for path in sorted((ROOT / "compress").rglob("*.py")):
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        importlib.import_module(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
-    for name in compress.__all__:
-        assert callable(getattr(compress, name))
-        assert not isinstance(getattr(compress, name), types.ModuleType)

@@ -131,9 +131,9 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "backwards": (lambda path: raw_file(path, {"a": row(8, 0, [2])}, 8), "the range 8..0"),
     "negative": (lambda path: raw_file(path, {"a": row(-8, 0, [2])}, 8), "the range -8..0"),
     "wrong product": (lambda path: raw_file(path, {"a": row(0, 8, [3])}, 8), "of 12 bytes"),
-    "overflowing shape": (lambda path: raw_file(path, {"a": row(0, 8, [2**40, 2**40])}, 8), "has the range"),
+    "overflowing shape": (lambda path: raw_file(path, {"a": row(0, 8, [2**40, 2**40])}, 8), "has shape"),
     "negative extent": (lambda path: raw_file(path, {"a": row(0, 8, [-2, -1])}, 8), "has shape"),
-    "unknown dtype": (lambda path: raw_file(path, {"a": row(0, 8, dtype="F4")}, 8), "dtype F4"),
+    "unknown dtype": (lambda path: raw_file(path, {"a": row(0, 8, dtype="F4")}, 8), "dtype 'F4'"),
 }
 
 
@@ -188,7 +188,7 @@ def test_tensor_in_two_shards(tmp_path: Path) -> None:
 
 
 def test_pickles_and_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="holds neither"):
+    with pytest.raises(ModelError, match=r"has no model\.safetensors"):
         Checkpoint(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(ModelError, match=r"pickles \(pytorch_model\.bin\).* save_pretrained, which writes safetensors"):

@@ -323,7 +323,7 @@ def test_changed_text_in_the_same_file_is_refused(recipe: dict[str, Any], tmp_pa
     text.write_text(Path(recipe["other"]).read_text())
     run(recipe, tmp_path / "out", data=[f"text:{text}"])
     text.write_text(text.read_text() + "more")
-    with pytest.raises(WorkspaceError, match=r"hash of text:.*text\.txt was"):
+    with pytest.raises(WorkspaceError, match=r"the hash of text:.*text\.txt changed"):
         run(recipe, tmp_path / "out", data=[f"text:{text}"])
 
 

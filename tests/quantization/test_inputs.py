@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from compress.errors import UsageError
 from compress.modeling.stack import Call, record
-from compress.modeling.structure import find_blocks, matrices
-from compress.quantization.inputs import inputs_of, structure_of, token_rows
+from compress.modeling.structure import find_blocks, matrices, module_matrix
+from compress.quantization.inputs import input_rows, inputs_of, structure_of
 from tests import families
 
 PLAIN = Call((), {})
@@ -130,10 +131,48 @@ def test_hooks_go_after_an_error() -> None:
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in net.modules())
 
 
-def test_token_rows() -> None:
+def test_rows_of_a_linear_layer_are_its_tokens() -> None:
     x = torch.arange(24.0).view(2, 3, 4)
     mask = torch.tensor([[True, False, True], [False, True, False]])
-    assert torch.equal(token_rows(x, None), x.view(6, 4))
-    assert token_rows(x, mask)[:, 0].tolist() == [0, 8, 16]
+    linear = nn.Linear(4, 4)
+    assert torch.equal(input_rows(linear, x, None), x.view(6, 4))
+    assert input_rows(linear, x, mask)[:, 0].tolist() == [0, 8, 16]
     flat = torch.arange(20.0).view(5, 4)
-    assert torch.equal(token_rows(flat, mask), flat)
+    assert torch.equal(input_rows(linear, flat, mask), flat)
+
+
+@pytest.mark.parametrize(
+    "convolution",
+    [
+        nn.Conv2d(3, 5, 3, padding=1),
+        nn.Conv2d(3, 5, (3, 2), stride=(2, 1), padding=(0, 2), dilation=(1, 2)),
+        nn.Conv1d(4, 6, 5, stride=2, padding=3, dilation=2),
+        nn.Conv3d(2, 3, (1, 2, 3), padding=(0, 1, 2)),
+    ],
+)
+def test_rows_of_a_convolution_times_its_matrix_are_its_output(convolution: nn.Conv2d) -> None:
+    convolution = convolution.double()
+    x = torch.randn(2, convolution.in_channels, *(9, 8, 7)[: len(convolution.kernel_size)], dtype=torch.float64)
+    expected = convolution(x)
+    rows = input_rows(convolution, x, None) @ module_matrix(convolution).T + convolution.bias
+    torch.testing.assert_close(rows, expected.movedim(1, -1).reshape(len(rows), -1))
+
+
+def test_convolutions_share_moments_only_with_the_same_window() -> None:
+    class Forked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.narrow = nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(2, 3, 1)
+            self.other = nn.Conv2d(2, 5, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([self.wide(x), self.narrow(x), self.other(x)], 1)
+
+    names = ["wide", "narrow", "other"]
+    assert structure_of(Forked(), names, PLAIN, torch.randn(1, 2, 4, 4)).groups == (("wide", "other"), ("narrow",))
+
+
+def test_a_convolution_with_reflections_is_refused() -> None:
+    convolution = nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect")
+    with pytest.raises(UsageError, match="'reflect'"):
+        input_rows(convolution, torch.randn(1, 2, 4, 4), None)

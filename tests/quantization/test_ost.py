@@ -380,7 +380,8 @@ def test_with_every_codec(tmp_path: Path, name: str, rounding: str) -> None:
     """Saved by transformers and loaded again: the logits of the model in memory, near those of the original."""
     model = families.llama(num_hidden_layers=1, tie_word_embeddings=True)
     plain = families.logits(model, IDS)
-    options: dict[str, Any] = {"bits": 4.2, "codec": name, "rounding": rounding, "data": IDS}
+    bits = 4.2 if len(codec(name).widths()) > 1 else None
+    options: dict[str, Any] = {"bits": bits, "codec": name, "rounding": rounding, "data": IDS}
     if (name, rounding) == ("pvq", "ldlq"):
         with pytest.raises(UsageError, match="no calibrated rounding"):
             compress.quantize(model, transform="ost:steps=1", **options)
@@ -474,7 +475,7 @@ def test_what_cannot_be_learned(tmp_path: Path, source: Path) -> None:
     with Workspace.open(tmp_path / "work", {}) as work, pytest.raises(UsageError, match="learned from data"):
         quantize_checkpoint(source, tmp_path / "out", specs, INTEGER, work, work.events, transform=Ost())
     assert not (tmp_path / "out").exists()
-    with pytest.raises(UsageError, match="transform ost needs `data`"):
+    with pytest.raises(UsageError, match="transform ost needs data"):
         recipe = {"model": str(source), "out": str(tmp_path / "out"), "quantize": {"bits": 3.25, "transform": "ost"}}
         compress.run(make_recipe(recipe))
     with pytest.raises(ModelError, match=r"BertForMaskedLM has no place for a learned transform\. .*'.*self_attn'"):

@@ -33,7 +33,7 @@ def test_in_place_and_returned() -> None:
         bits += matrix.bits
     rate = bits / sum(weight.numel() for weight in original.values())
     assert 3.28 <= rate <= 3.3
-    config = model.config.quantization_config
+    config = model.config.quantization_config.to_dict()
     assert config["quant_method"] == "compress"
     assert config["bits_per_weight"] == rate
     assert config["ignore"] == ["lm_head", "model.embed_tokens"]
@@ -72,8 +72,6 @@ def test_refusals() -> None:
     compress.quantize(model)
     with pytest.raises(ModelError, match="already quantized"):
         compress.quantize(model)
-    with pytest.raises(ModelError, match="fused experts"):
-        compress.quantize(families.build("MixtralForCausalLM", "mixtral", num_hidden_layers=1))
     broken = families.llama(num_hidden_layers=1)
     with torch.no_grad():
         broken.get_parameter("model.layers.0.mlp.up_proj.weight")[3, 4] = torch.nan

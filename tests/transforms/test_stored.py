@@ -143,7 +143,7 @@ def test_packed_linear(name: str, width: int, mixing: str, dtype: torch.dtype) -
     assert x.grad is not None
     gradient = matrix.dequantize().to(dtype).sum(0).expand(2, 44)
     torch.testing.assert_close(x.grad, gradient, rtol=tolerance, atol=40 * tolerance)
-    torch.testing.assert_close(module.to_linear(dtype).weight, matrix.dequantize().to(dtype))
+    torch.testing.assert_close(module.to_module(dtype).weight, matrix.dequantize().to(dtype))
 
 
 def test_container_is_of_the_original_basis() -> None:
