@@ -13,6 +13,8 @@ from compress.events import Events
 from compress.exporters.base import ExportReport
 from compress.exporters.bitsandbytes import build_bitsandbytes, export_bitsandbytes
 from compress.exporters.onnx import build_onnx, export_onnx
+from compress.modeling.loading import load_model
+from compress.modeling.resolve import resolve_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,7 +31,7 @@ def export_names() -> list[str]:
 
 
 def export(
-    model: PreTrainedModel,
+    model: PreTrainedModel | str | Path,
     out: str | Path,
     *,
     to: str,
@@ -37,10 +39,13 @@ def export(
     overwrite: bool = False,
     events: Events | None = None,
 ) -> ExportReport:
-    """Write `model` to the folder `out` in the format `to`. Raises `UsageError` that names the nearest known format,
-    and what the exporter raises."""
+    """Write `model`, or the one of that name with its tokenizer, to the folder `out` in the format `to`. Raises
+    `UsageError` that names the nearest known format, and what the exporter raises."""
     if to not in EXPORTERS:
         raise UsageError(f"There is no export format '{to}'.", remedy=nearest(to, EXPORTERS, "There are"))
+    if isinstance(model, str | Path):
+        tokenizer_from = tokenizer_from or resolve_model(str(model))
+        model = load_model(model, dtype=DTYPES[to])
     return EXPORTERS[to](
         model, Path(out), tokenizer_from=tokenizer_from, overwrite=overwrite, events=events or Events()
     )

@@ -56,6 +56,8 @@ def uniform(
     mixing = mixing or {}
     groups = _groups(views, codec, mixing)
     widths = list(codec.widths())
+    if not isinstance(bits, int | float | None):
+        raise UsageError(f"The rate is {bits!r}.", remedy="Give a number of bits a weight.")
     if not widths:
         raise UsageError(
             f"The codec '{codec.config_type.name}' has no code with these options.", remedy="compress list codecs"

@@ -64,6 +64,8 @@ def test_refusals() -> None:
         compress.quantize(model, codec="piramid")
     with pytest.raises(UsageError, match="bits a weight"):
         compress.quantize(model, bits=0.5)
+    with pytest.raises(UsageError, match="The rate is '4'"):
+        compress.quantize(model, bits="4")
     with pytest.raises(TypeError, match="positional"):
         compress.quantize(model, 3.25)
     with pytest.raises(TypeError, match="'group_size'"):
