@@ -31,6 +31,8 @@ WEIGHT_SUFFIX = ".safetensors"
 READ_BY_LOADERS = (WEIGHT_SUFFIX, ".bin", ".json", ".py", ".model", ".jinja")
 """Files of these kinds change what a folder loads as, so none is to be there that was not sealed."""
 COPY = "Copy the folder again."
+LONGEST_NAME, LONGEST_PATH = 255, 1000
+"""Bytes of a name that file systems take, and characters of a path that leave room for the folder's own."""
 
 Json = Any
 """Whatever `json.loads` can return."""
@@ -201,10 +203,13 @@ def _sealed(folder: Path) -> dict[str, dict[str, Json]]:
 
 
 def is_inside(name: str) -> bool:
-    """Whether `name`, from a file, is a relative path that cannot lead out of the folder that it is relative to."""
+    """Whether `name`, from a file, is a relative path that cannot lead out of the folder that it is relative to, and
+    that a file system can hold."""
     path = PurePosixPath(name)
     parts = path.parts
-    return bool(parts) and not path.is_absolute() and ".." not in parts and "\\" not in name and name.isprintable()
+    if not parts or path.is_absolute() or ".." in parts or "\\" in name or not name.isprintable():
+        return False
+    return len(name) <= LONGEST_PATH and all(len(part.encode()) <= LONGEST_NAME for part in parts)
 
 
 def _compare(folder: Path, sealed: dict[str, dict[str, Json]]) -> None:

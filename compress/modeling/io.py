@@ -18,6 +18,7 @@ from compress.modeling.folders import CONVERT, INDEX, WEIGHTS, not_a_model
 from compress.modeling.headers import TensorInfo, read_header
 from compress.modeling.layout import DTYPES
 from compress.plain_json import parse_json
+from compress.storage import is_inside
 
 
 class Checkpoint:
@@ -87,7 +88,7 @@ class Checkpoint:
     def _check_shard(self, index: Path, shard: str) -> None:
         """Raise unless `shard` is the plain name of a safetensors file in the folder. A link there is followed: the
         hub's cache consists of them."""
-        if Path(shard).name != shard or "\\" in shard or not shard.isprintable():
+        if Path(shard).name != shard or not is_inside(shard):
             raise self._error(f"'{index}' names {quoted(shard)}, which is outside the folder.", remedy="Do not use it.")
         if not shard.endswith(".safetensors"):
             raise self._error(

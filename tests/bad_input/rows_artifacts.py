@@ -145,6 +145,7 @@ SEALS = (
             ("a name with NUL", "a\0b"),
             ("no name", ""),
             ("the folder", "."),
+            ("a name of 300 letters", "x" * 300),
         )
     ),
     broken(

@@ -315,6 +315,7 @@ INDEXES = (
             ("a name with NUL", "model\x00.safetensors", ("'model\\x00.safetensors'", "outside")),
             ("a name of two lines", "a\nerror: b.safetensors", ("'a\\nerror: b.safetensors'", "outside")),
             ("nothing", "", ("''",)),
+            ("a name of 300 letters", "x" * 300 + ".safetensors", ("outside the folder",)),
             ("the folder itself", ".", ("outside the folder",)),
             ("the folder above", "..", ("'..'",)),
             ("a pickle", "pytorch_model.bin", ("no safetensors file", "save_pretrained")),
