@@ -38,6 +38,10 @@ FLOATS = (
 )
 
 
+LARGEST = 1 << 26
+"""Bytes of a file that is read to be mutated, or summed."""
+
+
 def mutate(draw: random.Random, folder: Path) -> list[str]:
     """One to three mutations of `folder`, and in most cases the checksums of what came of it."""
     done = [draw.choice(MUTATIONS)(draw, folder) for _ in range(draw.choice((1, 1, 1, 2, 3)))]
@@ -51,7 +55,7 @@ def reseal(folder: Path) -> bool:
     path = folder / ARTIFACT_MARK
     try:
         seal = json.loads(path.read_bytes())
-        names = [name for name in seal["files"] if (folder / name).is_file()]
+        names = [name for name in seal["files"] if (folder / name) in files(folder, "**/*")]
         seal["files"] = {name: file_entry(folder / name) for name in names}
         path.write_text(json.dumps(seal))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -60,7 +64,9 @@ def reseal(folder: Path) -> bool:
 
 
 def files(folder: Path, pattern: str = "*") -> list[Path]:
-    return sorted(path for path in folder.glob(pattern) if path.is_file() and not path.is_symlink())
+    """Those that are small: a mutation may have made one look as large as a file can be."""
+    found = (path for path in folder.glob(pattern) if path.is_file() and not path.is_symlink())
+    return sorted(path for path in found if path.stat().st_size <= LARGEST)
 
 
 def some_file(draw: random.Random, folder: Path, pattern: str = "*") -> Path | None:
