@@ -1,7 +1,7 @@
 """Models in files that other runtimes run, checked by running them there."""
 
 from compress.exporters.base import ExportReport
-from compress.exporters.bitsandbytes import build_bitsandbytes, export_bitsandbytes
+from compress.exporters.bitsandbytes import build_bitsandbytes
 from compress.exporters.onnx import OnnxOptions, build_onnx, export_onnx
 from compress.exporters.registry import BUILDERS, DTYPES, export, export_names
 
@@ -13,7 +13,6 @@ __all__ = [
     "build_bitsandbytes",
     "build_onnx",
     "export",
-    "export_bitsandbytes",
     "export_names",
     "export_onnx",
 ]

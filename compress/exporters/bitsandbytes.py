@@ -25,7 +25,6 @@ from compress.exporters.base import ExportReport
 from compress.exporters.bitsandbytes_card import bitsandbytes_card
 from compress.exporters.bitsandbytes_check import check_export
 from compress.exporters.bitsandbytes_format import common_spec, quantization_config, tensors_of
-from compress.exporters.staging import write_whole
 from compress.formats.companions import copy_companions
 from compress.modeling.folders import CONFIG
 from compress.modeling.layout import entry_of
@@ -48,25 +47,6 @@ def require_bitsandbytes() -> None:
     """Raise `DependencyError` unless bitsandbytes, which checks an export, is installed."""
     if importlib.util.find_spec(BITSANDBYTES) is None:
         raise DependencyError(BITSANDBYTES, "bnb")
-
-
-def export_bitsandbytes(
-    model: PreTrainedModel,
-    folder: Path,
-    *,
-    tokenizer_from: Path | None = None,
-    overwrite: bool = False,
-    events: Events | None = None,
-) -> ExportReport:
-    """Write `model` to `folder`, which appears whole or not at all; see `build_bitsandbytes`.
-
-    Raises `UsageError` when the folder is taken, and what `build_bitsandbytes` raises.
-    """
-    return write_whole(
-        folder,
-        overwrite,
-        lambda staged: build_bitsandbytes(model, staged, tokenizer_from=tokenizer_from, events=events),
-    )
 
 
 def build_bitsandbytes(
@@ -129,11 +109,12 @@ def _skipped(model: PreTrainedModel, packed: Mapping[str, PackedLinear]) -> list
 
 def _write_weights(model: PreTrainedModel, packed: Mapping[str, PackedLinear], staged: Path) -> int:
     """Write all tensors; the bits of those that hold the packed matrices."""
-    with ShardWriter(staged, [entry_of(name, tensor) for name, tensor in _tensors(model, packed)]) as writer:
+    entries = [entry_of(name, tensor) for name, tensor in _tensors(model, packed)]
+    with ShardWriter(staged, entries) as writer:
         for name, tensor in _tensors(model, packed):
             writer.add(name, tensor)
-    tensors = [tensors_of(module.quantized(), model.dtype) for module in packed.values()]
-    return sum(8 * tensor.nbytes for parts in tensors for tensor in parts.values())
+    others = model.state_dict().keys() - {f"{name}.weight" for name in packed}
+    return sum(8 * entry.nbytes for entry in entries if entry.name not in others)
 
 
 def _tensors(model: PreTrainedModel, packed: Mapping[str, PackedLinear]) -> Iterator[tuple[str, Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,23 +12,23 @@ import torch
 from compress.errors import UsageError, nearest
 from compress.events import Events
 from compress.exporters.base import ExportReport
-from compress.exporters.bitsandbytes import build_bitsandbytes, export_bitsandbytes
-from compress.exporters.onnx import build_onnx, export_onnx
+from compress.exporters.bitsandbytes import build_bitsandbytes
+from compress.exporters.onnx import build_onnx
+from compress.exporters.staging import write_whole
 from compress.modeling.loading import load_model
 from compress.modeling.resolve import resolve_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-EXPORTERS: Mapping[str, Callable[..., ExportReport]] = {"bitsandbytes": export_bitsandbytes, "onnx": export_onnx}
 BUILDERS: Mapping[str, Callable[..., ExportReport]] = {"bitsandbytes": build_bitsandbytes, "onnx": build_onnx}
-"""The same into a folder that the caller publishes."""
+"""What writes each format into a new folder, which the caller publishes."""
 DTYPES: Mapping[str, torch.dtype | None] = {"bitsandbytes": None, "onnx": torch.float32}
 """In which a model is loaded to be exported; None keeps the stored dtype."""
 
 
 def export_names() -> list[str]:
-    return sorted(EXPORTERS)
+    return sorted(BUILDERS)
 
 
 def export(
@@ -41,11 +42,10 @@ def export(
 ) -> ExportReport:
     """Write `model`, or the one of that name with its tokenizer, to the folder `out` in the format `to`. Raises
     `UsageError` that names the nearest known format, and what the exporter raises."""
-    if to not in EXPORTERS:
-        raise UsageError(f"There is no export format '{to}'.", remedy=nearest(to, EXPORTERS, "There are"))
+    if to not in BUILDERS:
+        raise UsageError(f"There is no export format '{to}'.", remedy=nearest(to, BUILDERS, "There are"))
     if isinstance(model, str | Path):
         tokenizer_from = tokenizer_from or resolve_model(str(model))
         model = load_model(model, dtype=DTYPES[to])
-    return EXPORTERS[to](
-        model, Path(out), tokenizer_from=tokenizer_from, overwrite=overwrite, events=events or Events()
-    )
+    build = partial(BUILDERS[to], model, tokenizer_from=tokenizer_from, events=events or Events())
+    return write_whole(Path(out), overwrite, build)

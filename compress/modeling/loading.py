@@ -146,8 +146,8 @@ def require_unquantized(
     config: PreTrainedConfig, where: str, remedy: str = "Quantize the original model instead."
 ) -> None:
     """Raise `ModelError`, naming the method, when the model is quantized already."""
-    if is_quantized(config):
-        found = config.to_dict()["quantization_config"]
+    found = config.to_dict().get("quantization_config")
+    if found:
         method = found.get("quant_method") if isinstance(found, dict) else found
         raise ModelError(
             f"The model '{where}' is already quantized (quant_method {quoted(method)}).",
@@ -157,10 +157,11 @@ def require_unquantized(
 
 def require_causal(config: PreTrainedConfig, where: str) -> None:
     """Raise `ModelError`, naming the architecture, when the model does not predict the next token."""
-    known = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ())
-    if (_architecture(config) or known) not in ((known,) if isinstance(known, str) else known):
+    architecture, known = _architecture(config), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, ())
+    names = (known,) if isinstance(known, str) else known
+    if not names or architecture not in (None, *names):
         raise ModelError(
-            f"'{where}' is a {_architecture(config) or config.model_type}, not a causal language model.",
+            f"'{where}' is a {architecture or config.model_type}, not a causal language model.",
             remedy="Name a model that predicts the next token, such as builtin:teacher.",
         )
 

@@ -3,8 +3,8 @@
 A model is one or more *stacks*: an `nn.ModuleList` whose members are blocks of one kind, or where there is none, an
 `nn.Sequential` of them. `find_stacks` finds them by that structure, whatever they are called (`model.layers`,
 `encoder.layer`, `resnet.encoder.stages`). Most models are one stack; an encoder-decoder is two, a ResNet of torchvision
-one for each size. Of a model with several modalities the stacks outside of its language model are
-*towers*, which are left alone unless asked for: they are small, and lose more.
+one for each size. Of a model with several modalities the stacks outside of its language model are *towers*, which are
+left alone unless asked for: they are small, and lose more.
 
 The *target set* of quantization is every linear map in the blocks:
 
@@ -226,10 +226,9 @@ def _routers(prefix: str, block: nn.Module) -> set[str]:
 
 def _views(name: str, module: nn.Module, block: int) -> Iterator[MatrixView]:
     if is_map(module):
-        weight = module.get_parameter("weight")
+        rows, columns = module_matrix(module).shape
         transposed = isinstance(module, Conv1D)
-        shape = (weight.shape[1], weight.shape[0]) if transposed else (weight.shape[0], weight[0].numel())
-        yield MatrixView(name, f"{name}.weight", None, shape, block, name, group_of(name), transposed)
+        yield MatrixView(name, f"{name}.weight", None, (rows, columns), block, name, group_of(name), transposed)
     elif is_experts(module):
         for each in projections(module, name):
             parameter = f"{name}.{each.name}"

@@ -1,4 +1,5 @@
-"""The architectures that the tests take from a plan to a loaded artifact, by `model_type`.
+"""The architectures that the tests cover, by `model_type`: most from a plan to a loaded artifact (`docs/models.md` has
+which), the others, of the kind of Llama, through transforms and block by block.
 
 Others are quantized by their structure too, and the plan then says what it took for granted.
 """

@@ -48,20 +48,13 @@ class StoredWeights:
     def __init__(self, checkpoint: Checkpoint, model: PreTrainedModel) -> None:
         self.checkpoint = checkpoint
         self._model = model
-        sources = _sources(checkpoint, model)
-        self._origin: dict[str, tuple[_Source, str]] = {}
         self._entries: dict[str, Entry] = {}
         self._last: tuple[_Source, dict[str, Tensor]] | None = None
         found: dict[str, tuple[_Source, str]] = {}
-        for target, source in sources.items():
+        for target, source in _sources(checkpoint, model).items():
             for name, tensor in self._convert(target, source, self._meta).items():
                 if name in found:
-                    first, second = found[name][0].stored[0][0], source.stored[0][0]
-                    raise ModelError(
-                        f"The checkpoint in '{checkpoint.folder}' holds '{first}' and '{second}', which are both the "
-                        f"parameter '{name}'.",
-                        remedy="Save the model again with save_pretrained, so that each parameter is there once.",
-                    )
+                    raise _twice(checkpoint, found[name][0], source.stored[0][0], name)
                 found[name] = (source, target)
                 self._entries[name] = entry_of(name, tensor)
         order = [name for name in model.state_dict() if name in found]
@@ -143,12 +136,16 @@ def _sources(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, _Sourc
         elif pattern is not None and source.converter is not None:
             source.stored.append((stored, pattern))
         else:
-            raise ModelError(
-                f"The checkpoint in '{checkpoint.folder}' holds '{source.stored[0][0]}' and '{stored}', which are both "
-                f"the parameter '{name}'.",
-                remedy="Save the model again with save_pretrained, so that each parameter is there once.",
-            )
+            raise _twice(checkpoint, source, stored, name)
     return sources
+
+
+def _twice(checkpoint: Checkpoint, first: _Source, second: str, parameter: str) -> ModelError:
+    return ModelError(
+        f"The checkpoint in '{checkpoint.folder}' holds '{first.stored[0][0]}' and '{second}', which are both the "
+        f"parameter '{parameter}'.",
+        remedy="Save the model again with save_pretrained, so that each parameter is there once.",
+    )
 
 
 def _by_numbers(name: str) -> list[tuple[int, str]]:

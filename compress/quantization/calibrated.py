@@ -208,7 +208,7 @@ class Calibration:
         would get if it got `everything`; None when there is no such input."""
         moments = None
         for batch in range(len(self._calls)):
-            rows = self._rows(name, batch) if view.index is None else self._expert_rows(view, name, batch, everything)
+            rows = self._rows(name, batch) if view.index is None else self._expert_rows(name, batch, everything)
             if not rows or not len(rows[0]):
                 continue
             if moments is None:
@@ -227,12 +227,11 @@ class Calibration:
         ]
 
     @torch.no_grad()
-    def _expert_rows(self, view: MatrixView, name: str, batch: int, everything: bool) -> list[Tensor]:
+    def _expert_rows(self, name: str, batch: int, everything: bool) -> list[Tensor]:
         """The same for an expert: of the tokens that the rounded model sends to it, in both blocks."""
         experts, projection, number = name.rsplit(".", 2)
         routed = [each.routed(experts, batch) for each in self._passes]
-        choice = routed[0][1]
-        chosen = torch.full_like(choice, everything, dtype=torch.bool).logical_or_(choice.eq(view.index or 0)).any(1)
+        chosen = slice(None) if everything else routed[0][1].eq(int(number)).any(1)
         rows = []
         for each, (hidden, _) in zip(self._passes, routed, strict=True):
             module = each.block.get_submodule(experts)

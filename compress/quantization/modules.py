@@ -37,7 +37,23 @@ from compress.quantization.compiled import packed_linear, spec_text
 from compress.transforms.signs import Signs
 
 
-class PackedMatrix(nn.Module):
+class _Remembering(nn.Module):
+    """Keeps what was made of payloads, until they move or change."""
+
+    def _forget(self) -> None:
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._forget()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
+        self._forget()
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+class PackedMatrix(_Remembering):
     """A matrix W [out, in] decoded from its payload, and a bias.
 
     `weight` is the payload (int8, one dimension, `bits / 8` long), `bias` the original parameter or None. W is decoded
@@ -81,15 +97,6 @@ class PackedMatrix(nn.Module):
         if self.bias is not None:
             module.register_parameter("bias", nn.Parameter(self.bias.detach().to(dtype)))
         return module
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self._forget()  # the payload moves; what was read on the old device is void
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
-        self._forget()  # the payload changes
-        super()._load_from_state_dict(*args, **kwargs)
 
     def _forget(self) -> None:
         self._signs = self._decoded = None
@@ -206,7 +213,7 @@ class PackedConvolution(PackedMatrix):
         return f"{sizes}, codec={self.spec.codec}, width={self.spec.width}"
 
 
-class PackedExperts(Experts):
+class PackedExperts(_Remembering, Experts):
     """Stacked experts of which each matrix is a row of a payload int8 [E, bits / 8], called like the parameter."""
 
     def __init__(self, fused: nn.Module, where: str, payloads: Mapping[str, tuple[CodecSpec, Tensor]]) -> None:
@@ -262,14 +269,8 @@ class PackedExperts(Experts):
         each = (f"{one.name}={one.experts} x {one.shape}, {self.specs[one.name].codec}" for one in (self.up, self.down))
         return ", ".join(each)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _forget(self) -> None:
         self._packed = {}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def _load_from_state_dict(self, *args: object, **kwargs: object) -> None:
-        self._packed = {}
-        super()._load_from_state_dict(*args, **kwargs)
 
 
 Packed = PackedLinear | PackedConvolution | PackedExperts

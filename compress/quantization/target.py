@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from compress.codecs.base import CodecSpec
 from compress.codecs.registry import codec_of
 from compress.errors import ModelError
+from compress.modeling.bounds import check_complete, check_tensors
 from compress.modeling.io import Checkpoint
 from compress.modeling.layout import DTYPES, Entry, plan_shards
 from compress.modeling.loading import load_config, parameter_count, require_unquantized, skeleton
@@ -106,8 +107,10 @@ def open_target(
     model = skeleton(config, trust_remote_code)
     views = matrices(model, towers)
     weights = StoredWeights(checkpoint, model)
+    check_complete(model, weights)
+    check_tensors(model, weights)
     change = transformed(model, views, transform, seed, weights.read)
-    target = Target(
+    return Target(
         source=source,
         weights=weights,
         views=tuple(views),
@@ -119,15 +122,6 @@ def open_target(
         seed=seed,
         transform=change.text,
     )
-    for view in views:
-        shape, asked = weights.entry(view.parameter).shape, tuple(model.get_parameter(view.parameter).shape)
-        if shape != asked:
-            raise ModelError(
-                f"Tensor '{weights.sources(view.parameter)[0]}' in '{source}' has shape {list(shape)}; config.json "
-                f"asks for {list(asked)}.",
-                remedy="Config and weights are of different models; copy the whole folder again.",
-            )
-    return target
 
 
 @dataclass(frozen=True)
