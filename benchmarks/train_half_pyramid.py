@@ -153,7 +153,7 @@ def admissible(levels: list[int]) -> list[int] | None:
 def shapes(family: Family, width: int, limits: list[int]) -> list[tuple[int, int, int]]:
     """(pulses, limit, number of gains) that fit `width` bits."""
     room = 1 << (width - family.dim - family.coset)
-    found = set()
+    found = {(0, 0, room)} if room <= MOST_GAINS else set()  # signs and gains alone
     for limit in limits:
         most = family.dim * limit // 2 + 1
         counts = composition_counts(family.dim, most, limit)[family.dim]
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--weights", type=int, default=800_000, help="weights of the largest samples")
     parser.add_argument("--dims", default="8,16,32")
     parser.add_argument("--only", default="", help="such as coset-trained; all four kinds otherwise")
-    parser.add_argument("--rates", default="1.5-5", help="bits a weight")
+    parser.add_argument("--rates", default="1.25-5", help="bits a weight")
     arguments = parser.parse_args()
     low, high = (float(part) for part in arguments.rates.split("-"))
     tables: list[tuple[Family, dict[int, Candidate]]] = []

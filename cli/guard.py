@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
 from typing import Any
 
 import click
 
-from compress.errors import CompressError
+from compress.errors import CompressError, OtherProcessError
+from compress.launch import launch
 
 INTERRUPTED = 130
 """128 + SIGINT, as shells count."""
+
+
+def is_alone(error: BaseException | None) -> bool:
+    """Whether only this process of several knows of `error`."""
+    return isinstance(error, OtherProcessError) and not error.agreed
 
 
 class Guarded(click.Command):
@@ -34,10 +41,14 @@ class Guarded(click.Command):
         except KeyboardInterrupt:
             resumable = "restart" in ctx.params
             hint = " The same command takes it up again; --restart begins anew." if resumable else ""
-            click.echo(f"\ninterrupted.{hint}", err=True)
+            if not launch().rank:
+                click.echo(f"\ninterrupted.{hint}", err=True)
             ctx.exit(INTERRUPTED)
 
     def _report(self, ctx: click.Context, text: str) -> None:
+        """Of several processes the first one speaks, and one that knows what the others do not."""
+        if launch().rank and not is_alone(sys.exception()):
+            return
         if ctx.params.get("verbose"):
             click.echo(traceback.format_exc(), err=True)
         click.echo(f"error: {text}", err=True)

@@ -101,6 +101,10 @@ def inspect(folder: Path, as_json: bool, verbose: bool) -> None:
     named = figures["ignore"]
     more = f" and {len(named) - SHOWN} more (--json)" if len(named) > SHOWN else ""
     figures["ignore"] = ", ".join(named[:SHOWN]) + more
+    if figures["tables"]:
+        figures["tables"] = ", ".join(figures["tables"])
+    else:
+        del figures["tables"]
     click.echo(f"\n{figures_text(figures)}")
 
 

@@ -92,6 +92,8 @@ quantize_options = stack(
     click.option(
         "--bits", type=float, help="Bits per weight, everything stored counted.  [default: the codec's only rate]"
     ),
+    click.option("--embedding-bits", type=int, help="Bits of the embedding's integers, 2 to 8.  [default: it stays]"),
+    click.option("--head-bits", type=int, help="Bits of the output head's, 2 to 8.  [default: it stays]"),
     shown("--codec", "half_pyramid", "How a matrix becomes bits.", metavar="NAME[:k=v,...]"),
     calibration_options,
     click.option(
@@ -110,6 +112,15 @@ quantize_options = stack(
     click.option(
         "--towers", is_flag=True, help="Quantize what reads images or sound beside a language model too (without data)."
     ),
+    shown(
+        "--allocation",
+        "uniform",
+        "How bits are spent: uniform, sensitivity (measured), or evolve (measured, then searched).",
+        metavar="NAME[:k=v,...]",
+    ),
+    click.option("--first-bits", type=float, help="Bits per weight of the first block.  [default: as allocated]"),
+    click.option("--last-bits", type=float, help="Bits per weight of the last block.  [default: as allocated]"),
+    click.option("--table", type=click.Path(), help="Folder of what is measured, used again.  [default: WORK/table]"),
     shown("--memory", "2GB", "Hidden states kept in memory; the rest on disk.", metavar="SIZE"),
     place_options,
 )
@@ -127,7 +138,7 @@ distill_options = stack(
         help="A loss; several are a weighted sum, for example kl and cross_entropy:weight=0.1.",
     ),
     shown("--steps", 1000, "Optimizer steps.", int),
-    shown("--batch-size", 16, "Sequences per forward pass.", int),
+    shown("--batch-size", 16, "Sequences per forward pass, of all processes.", int),
     shown("--gradient-accumulation", 1, "Forward passes per optimizer step.", int),
     shown("--context", 256, "Tokens per sequence.", int),
     shown("--learning-rate", 0.001, "Peak of the schedule.", float),
@@ -140,6 +151,7 @@ distill_options = stack(
     shown("--optimizer", "adamw", "How to step.", click.Choice(["adamw", "muon"])),
     shown("--precision", "fp32", "Of the forward pass.", click.Choice(["fp32", "bf16"])),
     click.option("--compile", is_flag=True, default=None, help="Compile the student with torch.compile."),
+    shown("--parallel", "ddp", "Models on several processes: whole or sharded.", click.Choice(["ddp", "fsdp"])),
     click.option("--fused", is_flag=True, default=None, help="Never hold the logits: for large vocabularies."),
     shown("--save-every", 100, "Steps between checkpoints.", int),
     shown("--log-every", 10, "Steps between log lines.", int),

@@ -40,7 +40,7 @@ class PlanGroup(click.Group):
 
     def _meant(self, args: list[str]) -> str:
         names = {argument.partition("=")[0] for argument in args}
-        if names & {"--bits", "--codec"}:
+        if names & {"--bits", "--codec", "--sweep"}:
             return "quantize"
         return "distill" if "--student" in names else "recipe"
 
@@ -52,6 +52,7 @@ def plan() -> None:
     \b
     compress plan [run] RECIPE [--set a.b=value ...] [--json]
     compress plan quantize M --bits 3.25 [the options of compress quantize] [--json]
+    compress plan quantize M --sweep 2:4.5:0.25 --allocation sensitivity --data D [the same options] [--json]
     compress plan transform M --data D [the options of compress transform] [--json]
     compress plan distill --teacher M --student M [the options of compress distill] [--json]
 
@@ -82,10 +83,24 @@ def plan_recipe(recipe: str, overrides: tuple[str, ...], as_json: bool, verbose:
 @plan.command("quantize", cls=Guarded, short_help="Plan a quantization.")
 @quantize_options
 @out_option
+@click.option("--work", type=click.Path(), default=None, help="Work folder.  [default: OUT.work]")
+@click.option(
+    "--sweep", metavar="FIRST:LAST:STEP", help="Several rates by the table of an allocation: bytes and predicted loss."
+)
 @look_options
-def plan_quantize(as_json: bool, verbose: bool, **options: Any) -> None:
+def plan_quantize(as_json: bool, verbose: bool, sweep: str | None, **options: Any) -> None:
     """Plan a quantization: every matrix with its bits, and the size of the result."""
-    _show(recipe_of("quantize", options), as_json)
+    recipe = recipe_of("quantize", options)
+    if sweep is None:
+        _show(recipe, as_json)
+        return
+    from compress.plan.sweep import parse_rates
+    from compress.plan.sweep import sweep as sweep_rates
+
+    from .tables import sweep_text
+
+    made = sweep_rates(recipe, parse_rates(sweep))
+    click.echo(json.dumps(made.to_dict(), indent=1, ensure_ascii=False) if as_json else sweep_text(made))
 
 
 @plan.command("transform", cls=Guarded, short_help="Plan a transform.")

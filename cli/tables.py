@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from compress.plan import Plan, QuantizationPlan
+    from compress.plan.sweep import Sweep
 
 Row = Sequence[Any]
 
@@ -90,11 +91,31 @@ def plan_text(plan: Plan) -> str:
     return "\n\n".join(parts)
 
 
+def sweep_text(sweep: Sweep) -> str:
+    """The rates of a sweep, one a line."""
+    head = ("bits", "bits/weight", "bytes", f"predicted {sweep.label}", "uniform", "measured")
+    rows = [
+        (
+            f"{rate.bits:g}",
+            rate.bits_per_weight,
+            rate.model_bytes,
+            rate.predicted,
+            rate.predicted_uniform,
+            rate.measured,
+        )
+        for rate in sweep.rates
+    ]
+    text = table(head, rows)
+    if sweep.rank_correlation is not None:
+        text += f"\n\nrank correlation of predicted and measured over {sweep.runs} runs: {sweep.rank_correlation:.3f}"
+    return text
+
+
 def _matrices(plan: QuantizationPlan) -> str:
     rows = [
         (matrix.name, matrix.shape, matrix.group.rpartition(".")[2], matrix.codec, matrix.width, matrix.bits_per_weight,
          matrix.bytes)
-        for matrix in plan.matrices
+        for matrix in (*plan.matrices, *plan.tables)
     ]  # fmt: skip
     return table(("matrix", "shape", "group", "codec", "width", "bits/weight", "bytes"), rows)
 
@@ -125,7 +146,9 @@ def report_text(report: Mapping[str, Any]) -> str:
         if stage == "evaluate":
             parts.append(models_text(report[stage]["models"]))
         else:
-            parts.append(f"{stage}\n{figures_text(report if stage == 'quantize' else report[stage])}")
+            figures = report if stage == "quantize" else report[stage]
+            spent = {f"allocation_{name}": value for name, value in figures.get("allocation", {}).items()}
+            parts.append(f"{stage}\n{figures_text({**figures, **spent})}")
     return "\n\n".join(parts)
 
 

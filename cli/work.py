@@ -27,17 +27,21 @@ out_option = click.option("--out", type=click.Path(), required=True, help="Folde
 def carry_out(recipe: Recipe, *, restart: bool, as_json: bool, quiet: bool, verbose: bool) -> None:
     """Run `recipe` with progress on stderr, and print the report on stdout."""
     from compress.events import Events, TerminalProgress
+    from compress.launch import launch
     from compress.pipeline import run as run_recipe
 
     from .quiet import hush_transformers
     from .tables import report_text
 
     hush_transformers()
+    first = launch().rank == 0
     progress = TerminalProgress(sys.stderr, quiet, verbose)
     try:
         report = run_recipe(recipe, restart=restart, events=Events([progress]))
     finally:
         progress.close()
+    if not first:
+        return
     if as_json:
         click.echo(json.dumps(report, indent=1, ensure_ascii=False))
     elif not quiet:

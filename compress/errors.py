@@ -19,6 +19,8 @@ class CompressError(Exception):
     """Base of all errors raised on purpose. `str(error)` is the message followed by the remedy."""
 
     exit_code = 1
+    agreed = False
+    """Whether all processes of a run of several raise it, so that the first one speaks for all."""
 
     def __init__(self, message: str, *, remedy: str = "") -> None:
         self.message = printable(message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]}...")
@@ -64,6 +66,11 @@ class ExportError(CompressError):
     """An export that fails, or whose result does not agree with the model."""
 
 
+class OtherProcessError(CompressError):
+    """Of several processes: what happened to another one, and is no error of this family there; or what happened to
+    this one alone, and the first cannot tell."""
+
+
 class DependencyError(CompressError):
     """An optional package that the request needs and that is not installed."""
 
@@ -72,6 +79,20 @@ class DependencyError(CompressError):
             f"The package '{package}' is not installed.",
             remedy=f'Install it with: pip install "model-compress[{extra}]".',
         )
+
+
+def error_of(kind: str, message: str, remedy: str) -> CompressError:
+    """The error of the class named `kind`, as another process raised it."""
+    known = {one.__name__: one for one in _family(CompressError)}
+    error = CompressError.__new__(known.get(kind, CompressError))
+    CompressError.__init__(error, message, remedy=remedy)
+    return error
+
+
+def _family(kind: type[CompressError]) -> Iterator[type[CompressError]]:
+    yield kind
+    for below in kind.__subclasses__():
+        yield from _family(below)
 
 
 LONGEST_QUOTE = 120

@@ -10,24 +10,40 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from compress.distributed import joined
 from compress.errors import UsageError, WorkspaceError
 from compress.events import Events
 from compress.modeling.resolve import resolve_model
 from compress.plan import Plan, StagePlan, arguments, make_plan
-from compress.plan.places import INSIDE
+from compress.plan.places import INSIDE, table_folder
+from compress.plan.quantize import rates_of
 from compress.recipe import Recipe, load_recipe
-from compress.storage import check_free, discard_replaced, discard_staged, reserve, seal, stage_beside, write_json
+from compress.storage import (
+    check_free,
+    discard_replaced,
+    discard_staged,
+    reserve,
+    seal,
+    stage_beside,
+    staged_path,
+    write_json,
+)
 from compress.workspace import Workspace
 
 if TYPE_CHECKING:
+    from compress.codecs.base import Codec
+    from compress.quantization.allocation.checkpoint import Spending
+    from compress.quantization.rounders import CalibrationOptions
     from compress.reporting.comparison import Subject
 
 REPORT = "report.json"
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -66,25 +82,38 @@ def run(recipe: Recipe | str, *, restart: bool = False, events: Events | None = 
     """Plan `recipe` (or the recipe file of that name) and carry it out; returns the report.
 
     The report has the figures of the quantization on top and the records of the other stages by name. It is also
-    written to `report.json` in the work folder, and in `out` when the recipe has several stages. `restart` discards
+    written to `report.json` in the work folder, and in `out` when the recipe has several stages. The processes that
+    `torchrun` starts divide the work (docs/distributed.md), and all get the report. `restart` discards
     earlier work of this recipe and lets the results replace older ones; what may not be replaced is refused before
     anything is discarded. Raises the `CompressError` of whatever went wrong; the work folder can be taken up again.
     """
     if isinstance(recipe, str):
         recipe = load_recipe(recipe)
-    plan = make_plan(recipe)
-    outs = [Path(stage.out) for stage in plan.stages if stage.out is not None]
-    with reserve(Path(plan.out)) if outs else nullcontext():
-        goes_on = Path(plan.work).exists() and not restart
-        for out in () if goes_on else outs:
-            check_free(out, restart)
-        _check_report(plan, restart or goes_on)
+    with joined(recipe.device) as world, ExitStack() as held:
+        plan = world.together(lambda: make_plan(recipe))
+        outs = [Path(stage.out) for stage in plan.stages if stage.out is not None]
+        world.on_first(lambda: _reserve(held, plan, outs, restart))
         with Workspace.open(Path(plan.work), arguments(plan), restart, events) as workspace:
-            for out in outs:
-                discard_replaced(out)
-            if restart and len(plan.stages) > 1:
-                Path(plan.out, REPORT).unlink(missing_ok=True)
+            world.on_first(lambda: _discard(plan, outs, restart))
             return _run_stages(plan, workspace)
+
+
+def _reserve(held: ExitStack, plan: Plan, outs: Sequence[Path], restart: bool) -> None:
+    """Keep other runs from the places of the results until `held` ends. Raises `UsageError` for one that is taken."""
+    if outs:
+        held.enter_context(reserve(Path(plan.out)))
+    goes_on = Path(plan.work).exists() and not restart
+    for out in () if goes_on else outs:
+        check_free(out, restart)
+    _check_report(plan, restart or goes_on)
+
+
+def _discard(plan: Plan, outs: Sequence[Path], restart: bool) -> None:
+    """Remove what older results left beside the new ones, and the report that they had in common."""
+    for out in outs:
+        discard_replaced(out)
+    if restart and len(plan.stages) > 1:
+        Path(plan.out, REPORT).unlink(missing_ok=True)
 
 
 def _run_stages(plan: Plan, workspace: Workspace) -> dict[str, Any]:
@@ -105,7 +134,7 @@ def _carry_out(task: Task) -> dict[str, Any]:
     try:
         return _handler(task).run(task)
     except BaseException:
-        if task.stage.out is not None:
+        if task.stage.out is not None and task.workspace.world.first:
             discard_staged(task.out)
         raise
 
@@ -139,8 +168,9 @@ def _finished(tasks: Sequence[Task]) -> int:
                 f"'{task.stage.out or task.stage.name}', on which '{later[0]}' was built, is missing or changed.",
                 remedy="Put it back, or begin anew with --restart.",
             )
-        if task.stage.out is not None:
-            check_free(task.out, task.workspace.overwrite)
+        out, overwrite = task.stage.out, task.workspace.overwrite
+        if out is not None:
+            task.workspace.world.on_first(partial(check_free, Path(out), overwrite))
     return count
 
 
@@ -167,10 +197,14 @@ def _report(plan: Plan, records: Mapping[str, Mapping[str, Any]], workspace: Wor
     others = {name: record for name, record in records.items() if name != "quantize"}
     head = {"recipe": plan.recipe.model_dump(mode="json"), "stages": list(records)}
     report = {**head, **records.get("quantize", {}), **others}
-    write_json(workspace.path(REPORT), report)
-    if len(records) > 1:
-        _check_report(plan, overwrite=True)
-        write_json(Path(plan.out, REPORT), report)
+
+    def write() -> None:
+        write_json(workspace.path(REPORT), report)
+        if len(records) > 1:
+            _check_report(plan, overwrite=True)
+            write_json(Path(plan.out, REPORT), report)
+
+    workspace.world.on_first(write)
     return report
 
 
@@ -195,6 +229,7 @@ def _quantize(task: Task) -> dict[str, Any]:
     from compress.quantization.options import rounding_of
     from compress.quantization.rounders import CalibrationOptions
     from compress.quantization.run import quantize_checkpoint
+    from compress.quantization.tables import TableBits
     from compress.quantization.transforms import parse_transform
     from compress.recipe.schema import parse_bytes
 
@@ -228,9 +263,33 @@ def _quantize(task: Task) -> dict[str, Any]:
         transform=parse_transform(planned.transform),
         seed=task.recipe.seed,
         towers=asked.towers,
+        tables=TableBits(asked.embedding_bits, asked.head_bits),
+        spending=_spending(task, method, calibration),
         bits_target=asked.bits,
         max_shard_bytes=asked.max_shard_bytes,
         trust_remote_code=task.recipe.trust_remote_code,
+    )
+
+
+def _spending(task: Task, codec: Codec, calibration: CalibrationOptions | None) -> Spending | None:
+    """How the bits are spent; None for uniformly."""
+    from compress.plan.stamps import table_arguments
+    from compress.quantization.allocation import Uniform, allocation_of
+    from compress.quantization.allocation.checkpoint import Spending
+
+    asked = task.recipe.quantize
+    assert asked is not None
+    method = allocation_of(asked.allocation.name, asked.allocation.options)
+    if isinstance(method, Uniform) or calibration is None:
+        return None
+    return Spending(
+        rates_of(asked),
+        method,
+        codec,
+        calibration,
+        table_folder(asked, task.workspace.folder),
+        table_arguments(task.recipe, task.source),
+        task.recipe.trust_remote_code,
     )
 
 
@@ -279,13 +338,18 @@ def _export(task: Task) -> dict[str, Any]:
     if record is not None:
         return record
     to = unit.partition(":")[2]
-    task.workspace.events.emit("note", text=f"export: loading '{task.source}'")
-    model = load_model(task.source, dtype=DTYPES[to], trust_remote_code=task.recipe.trust_remote_code)
-    staged = stage_beside(task.out)
-    report = BUILDERS[to](model, staged, tokenizer_from=resolve_model(task.source), events=task.workspace.events)
-    seal(staged)
-    task.workspace.publish(unit, staged, task.out, report.to_dict())
-    return report.to_dict()
+
+    def build() -> dict[str, Any]:
+        task.workspace.events.emit("note", text=f"export: loading '{task.source}'")
+        model = load_model(task.source, dtype=DTYPES[to], trust_remote_code=task.recipe.trust_remote_code)
+        staged = stage_beside(task.out)
+        report = BUILDERS[to](model, staged, tokenizer_from=resolve_model(task.source), events=task.workspace.events)
+        seal(staged)
+        return report.to_dict()
+
+    report = _alone(task, build)
+    task.workspace.publish(unit, staged_path(task.out), task.out, report)
+    return report
 
 
 def _evaluate(task: Task) -> dict[str, Any]:
@@ -295,17 +359,30 @@ def _evaluate(task: Task) -> dict[str, Any]:
     if record is not None:
         return record
     recipe = task.recipe
-    assert recipe.evaluate is not None
-    models = compare(
-        _subjects(task),
-        recipe.evaluate,
-        scratch=task.workspace.path("scratch", "onnx"),
-        events=task.workspace.events,
-        device=recipe.device,
-        trust_remote_code=recipe.trust_remote_code,
+    asked = recipe.evaluate
+    assert asked is not None
+    models = _alone(
+        task,
+        lambda: compare(
+            _subjects(task),
+            asked,
+            scratch=task.workspace.path("scratch", "onnx"),
+            events=task.workspace.events,
+            device=recipe.device,
+            trust_remote_code=recipe.trust_remote_code,
+        ),
     )
     task.workspace.commit(task.stage.name, [], {"models": models})
     return {"models": models}
+
+
+def _alone(task: Task, work: Callable[[], T]) -> T:
+    """What the first process does while the others, if there are any, wait."""
+    workspace = task.workspace
+    if workspace.world.size > 1:
+        text = f"{task.stage.name}: the first of {workspace.world.size} processes works, the others wait"
+        workspace.events.emit("note", text=text)
+    return workspace.on_first(work)
 
 
 def _subjects(task: Task) -> list[Subject]:

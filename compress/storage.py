@@ -256,7 +256,7 @@ def check_free(final: Path, overwrite: bool = False) -> None:
 
 def stage_beside(final: Path) -> Path:
     """A path beside `final`, hence on its file system, to build it in. What a killed run left there is removed."""
-    staged = _staged_path(final)
+    staged = staged_path(final)
     with disk_errors(final):
         if staged.exists():
             shutil.rmtree(staged)
@@ -266,10 +266,11 @@ def stage_beside(final: Path) -> Path:
 
 def discard_staged(final: Path) -> None:
     """Remove what was built beside `final` and did not become it."""
-    shutil.rmtree(_staged_path(final), ignore_errors=True)
+    shutil.rmtree(staged_path(final), ignore_errors=True)
 
 
-def _staged_path(final: Path) -> Path:
+def staged_path(final: Path) -> Path:
+    """The path of `stage_beside`."""
     return final.with_name(f".{final.name}.compress-partial")
 
 

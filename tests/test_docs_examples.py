@@ -166,12 +166,14 @@ def test_the_steps_of_the_worked_example(page: str) -> None:
 def test_the_programs_of_the_page_on_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("def add(a, b):\n    return a + b\n" * 200, encoding="utf-8")
-    loop, call, end, adapters = blocks("docs/training.md")
+    loop, divided, call, end, adapters = blocks("docs/training.md")
     scope: dict[str, Any] = {}
     exec(loop, scope)
     original = compress.load("builtin:student").state_dict()
     assert all(torch.isfinite(tensor).all() for tensor in scope["student"].state_dict().values())
     assert moved(original, "distilled") > 0
+    exec(divided, {})
+    assert moved(original, "student") > 0
     exec(call.replace("builtin:python/train", "text:text.txt"), {})
     assert moved(original, "taught") > 0
     assert (tmp_path / "taught.work" / "log.jsonl").is_file()

@@ -21,7 +21,20 @@ PACKAGE = Path(compress.__file__).parent
 CLI = next(path for path in (PACKAGE / "cli", PACKAGE.parent / "cli") if path.is_dir())
 
 LEVELS = (
-    {"errors", "events", "storage", "plain_json", "hardware", "hook", "ops", "modeling", "data", "losses"},
+    {
+        "errors",
+        "distributed",
+        "launch",
+        "events",
+        "storage",
+        "plain_json",
+        "hardware",
+        "hook",
+        "ops",
+        "modeling",
+        "data",
+        "losses",
+    },
     {"codecs", "transforms", "evaluation", "workspace", "recipe"},
     {"formats"},
     {"quantization"},

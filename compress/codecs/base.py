@@ -254,6 +254,8 @@ class Rounding(Protocol):
 
     dim: int
     scope: int
+    peak: float = 0.0
+    """Set before `scale` where these are some rows of a matrix: the largest RMS of all its rows."""
 
     def scale(self, start: int, values: Tensor) -> None:
         """Choose the scales of the columns from `start` on that share them, for their `values` float32 [o, <= scope].
@@ -314,6 +316,9 @@ class Codec(Protocol):
 
     config_type: ClassVar[type[Any]]
     config: Any
+    rows_apart: ClassVar[int] = 0
+    """Pieces that begin at multiples of so many rows may be rounded by themselves, given `Rounding.peak`; the matrix's
+    tensors are theirs, one behind the other. 0: they may not."""
 
     def __init__(self, config: Any) -> None: ...
 
@@ -379,6 +384,11 @@ class Codec(Protocol):
         rows, groups = scales.shape
         weight = integers.view(rows, groups, matrix.spec.dim).to(torch.float32).mul_(scales.unsqueeze(-1))
         return weight.view(rows, groups * matrix.spec.dim)[:, : matrix.shape[1]].to(dtype).contiguous()
+
+    def rows(self, matrix: QuantizedMatrix, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """The `rows` int64 [N] of `decode`, [N, n] in `dtype`; by decoding all, unless a codec has a faster way. Raises
+        `IndexError` or `RuntimeError` for a row that is not there."""
+        return self.decode(matrix, dtype).index_select(0, rows)
 
     def prepare(self, matrix: QuantizedMatrix) -> Product | None:
         """The product with this matrix, for a caller that keeps it and multiplies often; None where decoding takes so

@@ -42,7 +42,7 @@ class GroupRounding(Rounding):
         self._codec, self._gain, self._search = codec, gain, search
 
     def scale(self, start: int, values: Tensor) -> None:
-        self._matrix_scale, codes, groups = encode_matrix(values, self.dim, self._codec.encode)
+        self._matrix_scale, codes, groups = encode_matrix(values, self.dim, self._codec.encode, self.peak)
         self._codes = codes.to(torch.int64)
         self._scales = row_scales(self._matrix_scale, self._codes)
         self._groups = groups.view(self._rows, -(-self._columns // self.dim))

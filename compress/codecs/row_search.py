@@ -55,15 +55,16 @@ Encoder = Callable[[Tensor, Tensor], Groups]
 """x float32 [G, D] and a scale each [G] to `Groups` of [G]."""
 
 
-def encode_matrix(weight: Tensor, dim: int, encode: Encoder) -> tuple[Tensor, Tensor, Groups]:
-    """The matrix scale float32 [1], the row codes uint8 [o] and the groups [o ceil(n / D)] of W [o, n].
+def encode_matrix(weight: Tensor, dim: int, encode: Encoder, peak: float = 0.0) -> tuple[Tensor, Tensor, Groups]:
+    """The matrix scale float32 [1], the row codes uint8 [o] and the groups [o ceil(n / D)] of W [o, n]; `peak` as in
+    `initial_codes`.
 
     Raises `CodecError` for what is no matrix of floats, `NumericsError` for a weight that is not finite, or so large
     that float32 overflows.
     """
     weight = finite_matrix(weight)
     rows, columns = weight.shape
-    scale, codes = initial_codes(weight)
+    scale, codes = initial_codes(weight, peak)
     if float(scale) > LARGEST_SCALE:
         raise NumericsError(
             f"The largest row has an RMS of {float(scale):.3g}; above {LARGEST_SCALE:g} float32 overflows.",

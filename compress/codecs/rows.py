@@ -33,13 +33,14 @@ def row_scales(matrix_scale: Tensor, codes: Tensor) -> Tensor:
     return matrix_scale.reshape(1).to(codes.device) * factors().to(codes.device)[codes.to(torch.int64)]
 
 
-def initial_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
+def initial_codes(weight: Tensor, peak: float = 0.0) -> tuple[Tensor, Tensor]:
     """The matrix scale s float32 [1] and, for each row of W [o, n], the code q int64 [o] nearest to the row's RMS.
 
-    s is `HEADROOM` steps above the largest RMS, so that every row has neighbours on both sides. Rows of zeros get 0.
+    s is `HEADROOM` steps above the largest RMS, so that every row has neighbours on both sides, or above `peak`, the
+    largest RMS of a matrix of which W is some rows. Rows of zeros get 0.
     """
     rms = row_rms(weight)
-    largest = float(rms.max()) if rms.numel() else 0.0
+    largest = max(float(rms.max()), peak) if rms.numel() else peak
     scale = torch.tensor([largest * 2.0 ** (HEADROOM / STEPS)], dtype=torch.float64, device=weight.device)
     scale = scale.clamp_max(torch.finfo(torch.float32).max).to(torch.float32)
     if float(scale) == 0.0:

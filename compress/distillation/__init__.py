@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from compress.distillation.objective import Objective, Term
+    from compress.distillation.sharding import shard
     from compress.distillation.teacher import OnlineTeacher, TeacherSignal
     from compress.distillation.trainer import DistillTrainer
 
-__all__ = ["DistillTrainer", "Objective", "OnlineTeacher", "TeacherSignal", "Term"]
+__all__ = ["DistillTrainer", "Objective", "OnlineTeacher", "TeacherSignal", "Term", "shard"]
 
 _HOMES = {
     "DistillTrainer": "trainer",
@@ -17,6 +18,7 @@ _HOMES = {
     "OnlineTeacher": "teacher",
     "TeacherSignal": "teacher",
     "Term": "objective",
+    "shard": "sharding",
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
 
+from compress.distributed import World
 from compress.errors import NumericsError
 from compress.events import Events, seconds_left
 from compress.workspace import Workspace
@@ -44,8 +45,10 @@ class Clock(TrainerCallback):
 class Reporter(TrainerCallback):
     """Passes the trainer's logs on as events, stops at the time limit, and refuses a loss that is not finite."""
 
-    def __init__(self, events: Events, total: int, max_seconds: float | None) -> None:
+    def __init__(self, events: Events, total: int, max_seconds: float | None, world: World | None = None) -> None:
         self.events, self.total, self.max_seconds = events, total, max_seconds
+        self.world = world or World()
+        self.part = 0.0
         self.started = time.monotonic()
         self.first = 0
 
@@ -54,13 +57,20 @@ class Reporter(TrainerCallback):
         return time.monotonic() - self.started
 
     def elapsed_part(self) -> float:
-        """The part of the time limit that is used up; 0 without one."""
-        return 0.0 if self.max_seconds is None else self.elapsed / self.max_seconds
+        """The part of the time limit that was used up at the last step; 0 without one."""
+        return self.part
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.started, self.first = time.monotonic(), state.global_step
+        self.started, self.first, self.part = time.monotonic(), state.global_step, 0.0
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """All processes go by the clock of the first: otherwise one would end, and the others wait for it."""
+        if self.max_seconds is not None:
+            self.part = self.world.gather(self.elapsed / self.max_seconds)[0]
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """End at the time limit; the last step is always logged."""
@@ -81,7 +91,9 @@ class Reporter(TrainerCallback):
             return
         step = state.global_step
         if not math.isfinite(logs["loss"]):
-            raise NumericsError(f"The loss at step {step} is {logs['loss']}.", remedy=DIVERGED)
+            diverged = NumericsError(f"The loss at step {step} is {logs['loss']}.", remedy=DIVERGED)
+            diverged.agreed = True  # it is the sum over processes
+            raise diverged
         left = seconds_left(self.started, step - self.first, self.total - self.first)
         if left is not None and self.max_seconds is not None:
             left = min(left, max(0.0, self.max_seconds - self.elapsed))

@@ -22,6 +22,7 @@ def write_card(path: Path, model: PreTrainedModel, recipe: DistillRecipe, record
     title = "Distilled student" if recipe.teacher else "Language model trained on labels"
     text_of = f"{data['documents']:,} documents, {data['bytes']:,} bytes, sha256 {data['sha256'][:16]}"
     losses = [f"{loss:.4f} at step {step}" for step, loss in record["loss"]] or ["not logged"]
+    of_processes = f"{record['processes']} processes of " if record["processes"] > 1 else ""
     text = f"""# {title}
 
 {type(model).__name__}, {record["parameters"]:,} parameters. An ordinary checkpoint, which
@@ -34,7 +35,7 @@ def write_card(path: Path, model: PreTrainedModel, recipe: DistillRecipe, record
 | data | {data["spec"]} ({data["origin"]}; {text_of}) |
 | training | {record["steps"]:,} steps, {record["tokens"]:,} tokens |
 | training loss | {", ".join(dict.fromkeys([losses[0], losses[-1]]))} |
-| time | {record["seconds"]:.0f} s on {machine["cpu"]}, {record["threads"]} threads |
+| time | {record["seconds"]:.0f} s on {machine["cpu"]}, {of_processes}{record["threads"]} threads |
 | versions | Python {machine["python"]}, torch {machine["torch"]}, transformers {machine["transformers"]} |
 
 ## Recipe

@@ -13,6 +13,7 @@ from compress.distillation.teacher import Signal
 from compress.errors import UsageError
 from compress.losses import Loss, Needs, Outputs, Setting, TokenLoss, loss_class, make_loss
 from compress.losses.fused import Head, linear_losses
+from compress.losses.processes import ALONE, Processes
 
 WEIGHTS = {"weight": 1.0, "balance": None}
 """The options of a term that are not those of its loss, with their defaults."""
@@ -74,6 +75,7 @@ class Objective(nn.Module):
     """
 
     balanced: Tensor
+    processes: Processes = ALONE
 
     def __init__(self, terms: Sequence[Term]) -> None:
         super().__init__()
@@ -103,6 +105,21 @@ class Objective(nn.Module):
             together |= term.loss.needs
         return together
 
+    def divide(self, processes: Processes) -> None:
+        """Compute from now on with these processes, each of which has some rows of a batch, what one computes of all.
+        Raises `UsageError` for a loss that cannot."""
+        for term in self.terms:
+            if not (term.loss.divisible or (isinstance(term.loss, TokenLoss) and term.loss.independent)):
+                raise UsageError(
+                    f"The loss '{term.name}' compares positions and sees those of one process alone: on "
+                    f"{processes.size} processes it is another loss than on one.",
+                    remedy="Train in one process, or let it use `processes` and declare it `divisible`.",
+                )
+        self.processes = processes
+        for module in self.modules():
+            if isinstance(module, Loss):
+                module.processes = processes
+
     def forward(self, outputs: Outputs, denominator: Tensor | float | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """The training loss, and the value of each term before its weight."""
         values = [term.loss.of(outputs, denominator) for term in self.terms]
@@ -116,7 +133,8 @@ class Objective(nn.Module):
             elif term.balance is not None:
                 for which in (0, place):
                     if which not in norms:
-                        norms[which] = gradient_norm(values[which], outputs.logits, self.names[which])
+                        own = gradient_norm(values[which], outputs.logits, self.names[which])
+                        norms[which] = self.processes.total(own.square()).sqrt()
                 ratio = term.balance * weights[0] * norms[0] / norms[place]
                 weight = torch.where(norms[place] > 0, ratio, torch.zeros_like(ratio))
                 self.balanced[place] = weight

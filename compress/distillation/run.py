@@ -3,11 +3,13 @@
 The student, the teacher, the rows and their order, the optimizer and the schedule all follow from the recipe and the
 seed, so that a training that was killed and taken up again at a checkpoint gives the same bytes as an unbroken one.
 The exception is a training that a clock ends (`max_seconds`): how far it comes depends on the machine.
+
+Several processes divide the rows of each forward pass: the losses are those of one process, roundings apart.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +25,9 @@ from compress.distillation.checkpoints import last_verified
 from compress.distillation.objective import make_term, setting_of
 from compress.distillation.optimizers import make_optimizer
 from compress.distillation.schedules import make_schedule
+from compress.distillation.sharding import is_sharded, shard, whole_weights
 from compress.distillation.trainer import DistillTrainer
+from compress.distributed import World
 from compress.errors import NumericsError, RecipeError
 from compress.modeling.loading import (
     check_room,
@@ -68,28 +72,38 @@ def distill_stage(
 
     `student` names the model to start from; None starts from random weights of `recipe.student.config`. Raises
     `ModelError` for a student or teacher that is no causal language model or when their tokenizers differ, `DataError`
-    for data that does not fill a row, `NumericsError` when a weight or the loss is not finite.
+    for data that does not fill a row, `NumericsError` when a weight or the loss is not finite, `UsageError` for a batch
+    that the processes cannot divide evenly.
     """
+    world = workspace.world
     done = workspace.published("distill", out)
     if done is not None:
         return done
+    _check_batch(recipe, world)
     torch.manual_seed(seed)
     source = text_source(recipe.data)
-    subject = _student(recipe, student, source, device, trust_remote_code)
-    teacher = _teacher(recipe, subject, device, trust_remote_code)
-    rows, _ = tokenize(source, subject.tokenizer).rows(recipe.context)
+    sharded = recipe.parallel == "fsdp" and world.size > 1
+    at_first = "cpu" if sharded else device
+    subject = world.together(lambda: _student(recipe, student, source, at_first, trust_remote_code))
+    teacher = world.together(lambda: _teacher(recipe, subject, at_first, trust_remote_code))
+    rows = world.together(lambda: tokenize(source, subject.tokenizer).rows(recipe.context)[0])
     clock = Clock(workspace)
     use_cache = subject.model.config.use_cache  # the trainer switches it off
     if teacher is not None:
         _note_padding(subject.model, teacher, workspace)
+    if sharded:
+        shard(subject.model, device)
+    if sharded and teacher is not None:
+        shard(teacher, device, frozen=True)
     trainer = _trainer(recipe, subject, teacher, rows, workspace, clock, seed, device)
-    resumed = last_verified(trainer.folder)
-    if resumed is not None:
-        workspace.events.emit("note", text=f"taking up the training at {resumed.name}")
+    resumed = world.on_first(lambda: [path.name for path in [last_verified(trainer.folder)] if path is not None])
+    for name in resumed:
+        workspace.events.emit("note", text=f"taking up the training at {name}")
     with disk_errors(workspace.folder), workspace.events.stage("distill", recipe.steps):
         trainer.train(resume_from_checkpoint=True)
-    _check_finite(subject.model, "after the training", DIVERGED)
     subject.model.config.use_cache = use_cache
+    subject = _whole(subject, world, trust_remote_code)
+    world.on_first(lambda: _check_finite(subject.model, "after the training", DIVERGED))
     record = {
         "steps": trainer.state.global_step,
         "tokens": trainer.state.global_step * recipe.batch_size * recipe.gradient_accumulation * recipe.context,
@@ -100,9 +114,34 @@ def distill_stage(
         "student": student,
         "seconds": clock.seconds,
         "threads": torch.get_num_threads(),
+        "processes": world.size,
     }
+    record = world.gather(record)[0]
     _publish(subject, record, recipe, out, workspace)
     return record
+
+
+def _check_batch(recipe: DistillRecipe, world: World) -> None:
+    if recipe.batch_size % world.size:
+        raise RecipeError(
+            f"A batch of {recipe.batch_size} sequences cannot be divided evenly between {world.size} processes.",
+            remedy="Give a --batch-size that is a multiple of their number.",
+        )
+
+
+def _whole(student: Student, world: World, trust_remote_code: bool) -> Student:
+    """The student whose model, if it is sharded, is whole on the first process."""
+    model = student.model
+    if not is_sharded(model):
+        return student
+    weights = whole_weights(model, keep=world.first)
+    if not world.first:
+        return student
+    made = skeleton(model.config, trust_remote_code)
+    made.load_state_dict(weights, assign=True)
+    made.tie_weights()
+    made.generation_config = model.generation_config
+    return replace(student, model=made)
 
 
 def _student(
@@ -176,13 +215,13 @@ def _trainer(
     )
     terms = [make_term(spec.name, spec.options, setting, has_teacher=teacher is not None) for spec in recipe.losses]
     owned = [parameter for term in terms for parameter in term.loss.parameters()]
-    reporter = Reporter(workspace.events, recipe.steps, recipe.max_seconds)
+    reporter = Reporter(workspace.events, recipe.steps, recipe.max_seconds, workspace.world)
     optimizer = make_optimizer(recipe.optimizer, model, recipe.learning_rate, recipe.weight_decay, owned)
     schedule = make_schedule(optimizer, recipe.schedule, recipe.steps, recipe.warmup_steps, reporter.elapsed_part)
     args = TrainingArguments(
         output_dir=str(workspace.path("training", "checkpoint").parent),
         max_steps=recipe.steps,
-        per_device_train_batch_size=recipe.batch_size,
+        per_device_train_batch_size=recipe.batch_size // workspace.world.size,
         gradient_accumulation_steps=recipe.gradient_accumulation,
         max_grad_norm=recipe.max_grad_norm,
         bf16=recipe.precision == "bf16",
@@ -218,11 +257,17 @@ def _trainer(
 def _publish(student: Student, record: dict[str, Any], recipe: DistillRecipe, out: Path, workspace: Workspace) -> None:
     """Write the student as a model folder, in its own dtype, and let it appear at `out`; the pipeline removes what a
     failure leaves beside it."""
-    student.model.to(dtype=student.dtype)  # type: ignore[call-arg]
-    staged = stage_beside(out)
+
+    def write() -> str:
+        student.model.to(dtype=student.dtype)  # type: ignore[call-arg]
+        staged = stage_beside(out)
+        with disk_errors(out):
+            student.model.save_pretrained(staged)
+            student.tokenizer.save_pretrained(staged)
+            write_card(staged / "README.md", student.model, recipe, record)
+            seal(staged)
+        return str(staged)
+
+    staged = Path(workspace.world.on_first(write))
     with disk_errors(out):
-        student.model.save_pretrained(staged)
-        student.tokenizer.save_pretrained(staged)
-        write_card(staged / "README.md", student.model, recipe, record)
-        seal(staged)
         workspace.publish("distill", staged, out, record)

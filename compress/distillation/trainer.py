@@ -4,6 +4,10 @@ Four things differ from its parent. The loss is an `Objective` of what student a
 the number of predicted tokens of the whole step (every token counts the same, whatever the micro-batches). A loss may
 own parameters and state: they learn with the student and are part of the checkpoint. A checkpoint is whole or absent,
 and is resumed only if its manifest verifies. And the terms of the loss are reported one by one.
+
+Several processes (DDP, or FSDP2 for a student that was sharded) divide the rows of a step and give the loss curve of
+one: process r of N takes batches r, r + N, .. of the order, so that with batches of B rows micro-batch i of all
+processes is that of one process with batches of B N rows; all that is summed over positions is summed over processes.
 """
 
 from __future__ import annotations
@@ -18,17 +22,20 @@ from typing import Any
 import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainingArguments
-from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+from transformers import PreTrainedModel, TrainingArguments
 
 from compress.data import SampledRows
 from compress.distillation.checkpoints import keep_newest, last_verified, put_in_place, require_verified
 from compress.distillation.objective import Objective, Term
+from compress.distillation.parallel import LossParameters, ParallelTrainer, check_owned
 from compress.distillation.teacher import OnlineTeacher, Signal, TeacherSignal
+from compress.distributed import world
 from compress.errors import UsageError
 from compress.losses import IGNORED, Needs, Outputs
 from compress.losses.fused import Head
+from compress.losses.processes import Processes
 from compress.modeling.head import head_of
 from compress.modeling.loading import check_vocabularies
 from compress.storage import write_json
@@ -84,29 +91,6 @@ def before_last(teacher: Signal) -> Signal:
     return replace(teacher, hidden=teacher.hidden[:, :-1])
 
 
-class _LossParameters(TrainerCallback):
-    """Averages over processes, clips and clears the gradients of parameters that losses own: the parent does so for the
-    model's alone."""
-
-    def __init__(self, objective: Objective, max_norm: float | None) -> None:
-        self.objective, self.max_norm = objective, max_norm
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        for parameter in self.objective.parameters():
-            if parameter.grad is not None and args.world_size > 1:
-                torch.distributed.all_reduce(parameter.grad)
-                parameter.grad /= args.world_size  # the loss was multiplied by it, as for the student's gradients
-        if self.max_norm:
-            nn.utils.clip_grad_norm_(self.objective.parameters(), self.max_norm)
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.objective.zero_grad()
-
-
 class LossWindow:
     """The terms of the loss, summed in float64 over the steps since the last log."""
 
@@ -127,17 +111,18 @@ class LossWindow:
         self.start, self.sums = step, {}
         return means if len(means) > 2 else {"loss": means["loss"]}
 
-    def save(self, folder: Path) -> None:
-        sums = {name: float(total) for name, total in self.sums.items()}
-        write_json(folder / self.FILE, {"start": self.start, "sums": sums})
+    def to_dict(self, reduce: Callable[..., Any]) -> dict[str, Any]:
+        """What a checkpoint keeps: the sums over processes."""
+        return {"start": self.start, "sums": {name: float(reduce(total, "sum")) for name, total in self.sums.items()}}
 
     @classmethod
-    def load(cls, folder: Path) -> LossWindow:
+    def load(cls, folder: Path, first: bool) -> LossWindow:
+        """That of a checkpoint; the sums are the first process's part."""
         stored = json.loads((folder / cls.FILE).read_text(encoding="utf-8"))
-        return cls(stored["start"], stored["sums"])
+        return cls(stored["start"], stored["sums"] if first else dict.fromkeys(stored["sums"], 0.0))
 
 
-class DistillTrainer(Trainer):
+class DistillTrainer(ParallelTrainer):
     """Train `model` (the student) on `terms` against `teacher`.
 
     `teacher` is a model (run online, frozen), any `TeacherSignal`, or None for losses on labels alone. Batches hold
@@ -148,8 +133,8 @@ class DistillTrainer(Trainer):
     the last hidden states, a few positions at a time, and the logits of neither causal model ever exist whole.
 
     Raises `ModelError` when the two vocabularies differ in size and a loss does not allow it, and for a head that is
-    not known when `fused`; `UsageError` for a loss that cannot be `fused`, and for an optimizer that lacks the
-    parameters of a loss.
+    not known when `fused`; `UsageError` for a loss that cannot be `fused`, for one that cannot be divided between
+    several processes, and for an optimizer that lacks the parameters of a loss.
     """
 
     def __init__(
@@ -163,7 +148,7 @@ class DistillTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         check_arguments(args, fused, kwargs)
-        super().__init__(model=model, args=args, **kwargs)
+        super().__init__(model, args, **kwargs)
         self.model_accepts_loss_kwargs = True  # the loss below is divided by the step's token count
         self.objective: Objective = Objective(terms).to(args.device)
         if isinstance(teacher, PreTrainedModel) and any(term.loss.vocabulary == "equal" for term in terms):
@@ -178,8 +163,11 @@ class DistillTrainer(Trainer):
         self._window = LossWindow()
         self._saving = False
         self._caching = {"use_cache": False} if model.can_generate() else {}
+        if args.world_size > 1:
+            self.objective.divide(Processes(args.process_index, args.world_size))
+            check_owned(self, self.objective.parameters())
         if any(True for _ in self.objective.parameters()):
-            self.add_callback(_LossParameters(self.objective, args.max_grad_norm))
+            self.add_callback(LossParameters(self.objective, args.max_grad_norm))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         given = self.optimizer is not None
@@ -212,7 +200,9 @@ class DistillTrainer(Trainer):
             student = outputs.hidden_states[-1][:, :-1]
             with self.accelerator.autocast():
                 signal = Signal() if teacher is None else before_last(teacher.before_head(features))
-                loss, values = self.objective.fused(student, self.head, signal, labels, denominator.clamp(min=1))
+                loss, values = self.objective.fused(
+                    student, self._present(self.head), signal, labels, denominator.clamp(min=1)
+                )
         else:
             hidden = Needs.FEATURES in self.objective.needs
             outputs = model(**features, **self._caching, output_hidden_states=hidden)
@@ -224,6 +214,18 @@ class DistillTrainer(Trainer):
         if num_items_in_batch is not None:
             loss = loss * self.args.world_size  # gradients, and losses in evaluation, are averaged over processes
         return (loss, outputs) if return_outputs else loss
+
+    def _present(self, head: Head) -> Head:
+        """The head with the weights that the last forward pass used: a sharded student has them whole from there on to
+        the end of the backward pass."""
+        output = self.student.get_output_embeddings()
+        assert isinstance(output, nn.Linear)  # `head_of` took it
+        if isinstance(output.weight, DTensor):
+            raise UsageError(
+                "`fused` needs the weight of the head, which is sharded when the losses are computed.",
+                remedy="Keep the head gathered after the forward pass (reshard_after_forward=False), or omit `fused`.",
+            )
+        return replace(head, weight=output.weight, bias=output.bias)
 
     def _get_num_items_in_batch(self, batch_samples: list[Mapping[str, Tensor]], device: torch.device) -> Any:
         """The number of predicted tokens of the step, over micro-batches and processes."""
@@ -249,12 +251,12 @@ class DistillTrainer(Trainer):
         path must verify."""
         self._window = LossWindow()
         if resume_from_checkpoint is True:
-            found = last_verified(self.folder)
-            resume_from_checkpoint = None if found is None else str(found)
+            resume_from_checkpoint = world().on_first(lambda: _text(last_verified(self.folder)))
         elif isinstance(resume_from_checkpoint, str):
-            require_verified(Path(resume_from_checkpoint))
+            given = Path(resume_from_checkpoint)
+            world().on_first(lambda: _text(require_verified(given)))
         if isinstance(resume_from_checkpoint, str):
-            self._window = LossWindow.load(Path(resume_from_checkpoint))
+            self._window = LossWindow.load(Path(resume_from_checkpoint), world().first)
             if self.objective.state_dict():
                 load_model(self.objective, Path(resume_from_checkpoint) / LOSS_STATE)
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -268,19 +270,27 @@ class DistillTrainer(Trainer):
         return str(self.folder / STAGING) if self._saving else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save into the staging folder, then seal and rename."""
-        name = f"checkpoint-{self.state.global_step}"
-        shutil.rmtree(self.folder / STAGING, ignore_errors=True)
+        """Save into the staging folder, then seal and rename: the first process, while the others wait."""
+        name, together = f"checkpoint-{self.state.global_step}", world()
+        together.on_first(lambda: shutil.rmtree(self.folder / STAGING, ignore_errors=True))
+        window = self._window.to_dict(self.accelerator.reduce)
         self._saving = True
         try:
-            super()._save_checkpoint(model, trial)
+            together.together(lambda: super(DistillTrainer, self)._save_checkpoint(model, trial))
         finally:
             self._saving = False
-        if self.args.should_save:
-            self._window.save(self.folder / STAGING / name)
-            if self.objective.state_dict():
-                save_model(self.objective, str(self.folder / STAGING / name / LOSS_STATE))
-            put_in_place(self.folder / STAGING / name, self.folder / name)
-            shutil.rmtree(self.folder / STAGING)
-            if self.args.save_total_limit is not None:
-                keep_newest(self.folder, self.args.save_total_limit)
+        together.on_first(lambda: self._put_in_place(name, window))
+
+    def _put_in_place(self, name: str, window: dict[str, Any]) -> None:
+        staged = self.folder / STAGING / name
+        write_json(staged / LossWindow.FILE, window)
+        if self.objective.state_dict():
+            save_model(self.objective, str(staged / LOSS_STATE))
+        put_in_place(staged, self.folder / name)
+        shutil.rmtree(self.folder / STAGING)
+        if self.args.save_total_limit is not None:
+            keep_newest(self.folder, self.args.save_total_limit)
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)

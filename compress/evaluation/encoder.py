@@ -7,6 +7,8 @@ one document, which the encoder reads as its tokenizer joins pairs.
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -52,9 +54,9 @@ def evaluate_encoder(
     context: int,
     limit: int | None = None,
     batch: int = 32,
-) -> dict[str, float | int]:
+) -> dict[str, float | int | None]:
     """`cosine` over the documents of `source`, each cut to `context` tokens: the first that have at most `limit` tokens
-    in all."""
+    in all. `cosine_stderr` is the standard error of that mean, None for a single document."""
     documents: list[Document] = []
     tokens = 0
     for document in source.documents():
@@ -72,4 +74,10 @@ def evaluate_encoder(
         inputs = encode(run, tokenizer, context, padding=True, return_tensors="pt")
         pair = (embed(model, inputs), embed(reference, inputs))
         cosines += F.cosine_similarity(*pair).double().tolist()
-    return {"cosine": sum(cosines) / len(cosines), "documents": len(cosines), "tokens": tokens}
+    error = statistics.stdev(cosines) / math.sqrt(len(cosines)) if len(cosines) > 1 else None
+    return {
+        "cosine": sum(cosines) / len(cosines),
+        "cosine_stderr": error,
+        "documents": len(cosines),
+        "tokens": tokens,
+    }

@@ -1,9 +1,10 @@
 """A model as an ONNX folder that stock ONNX Runtime runs: graph, weights, config, tokenizer, card.
 
 The graph is traced by `torch.onnx.export(dynamo=True)` from the modules in `onnx_modules`; packed matrices become the
-operator `MatMulNBits` without rounding (`containers`), packed convolutions integers in front of a `Conv` (`blocked`),
-for which the opset is 21. Else opset 20 with attention written out runs on the widest range
-of ONNX Runtimes; opset 23, with attention and norms as single operators, decoded 3 to 5 % faster in a small Llama.
+operator `MatMulNBits` without rounding (`containers`), packed embeddings `GatherBlockQuantized`, which reads the same
+tensors, packed convolutions integers in front of a `Conv` (`blocked`), for which the opset is 21. Else opset 20 with
+attention written out runs on the widest range of ONNX Runtimes; opset 23, with attention and norms as single operators,
+decoded 3 to 5 % faster in a small Llama.
 A weight that embedding and head share is stored once. Every export is then run in ONNX Runtime and compared with
 torch (under the containers' weights, where they are not the model's: see `rounding_error` of the report); a folder that
 fails, or is interrupted, does not appear.
@@ -33,7 +34,7 @@ from compress.exporters.card import onnx_card
 from compress.exporters.containers import Container, container_of
 from compress.exporters.images import has_processor
 from compress.exporters.interface import Interface, interface_of
-from compress.exporters.onnx_modules import PackedKernel, PackedProduct, with_weights
+from compress.exporters.onnx_modules import PackedKernel, PackedLookup, PackedProduct, with_weights
 from compress.exporters.staging import write_whole
 from compress.exporters.supported import part_of, require_exportable
 from compress.exporters.trace import trace, unused_parameters
@@ -42,6 +43,7 @@ from compress.formats.companions import copy_companions
 from compress.modeling.folders import CONFIG
 from compress.modeling.loading import parameter_count
 from compress.modeling.structure import MatrixView, find_stacks, matrices
+from compress.quantization.embedding import PackedEmbedding
 from compress.quantization.modules import PackedConvolution, PackedLinear, PackedMatrix, packed_modules
 from compress.storage import disk_errors, write_json
 
@@ -126,7 +128,8 @@ def build_onnx(
         _step(events, 2, "written")
         with with_weights(model, {name: one for name, one in containers.items() if one.error}):
             errors = verify(model, staged, interface)
-        parameters = parameter_count(model) - left_out + sum(one.rows * one.columns for one in containers.values())
+        kept = {id(one): one.rows * one.columns for one in containers.values()}
+        parameters = parameter_count(model) - left_out + sum(kept.values())
         report = ExportReport(
             **_figures(staged, views, containers, parameters),
             format="onnx",
@@ -156,11 +159,16 @@ def _target_set(model: PreTrainedModel) -> tuple[list[MatrixView], tuple[str, ..
 def _containers(model: PreTrainedModel, towers: tuple[str, ...]) -> dict[str, Container | Blocked]:
     """What the file holds of each packed module, by its name; those of towers are in no file."""
     packed = {name: one for name, one in packed_modules(model).items() if not name.startswith(towers)}
-    return {
-        name: blocked_of(one.quantized()) if isinstance(one, PackedConvolution) else container_of(one.quantized())
-        for name, one in packed.items()
-        if isinstance(one, PackedMatrix)
-    }
+    made: dict[str, Container | Blocked] = {}
+    shared: dict[PackedMatrix, Container] = {}
+    for name, one in packed.items():
+        if isinstance(one, PackedConvolution):
+            made[name] = blocked_of(one.quantized())
+        elif isinstance(one, PackedMatrix):
+            if one.holder not in shared:
+                shared[one.holder] = container_of(one.quantized())
+            made[name] = shared[one.holder]
+    return made
 
 
 def _products(model: PreTrainedModel, containers: dict[str, Container | Blocked]) -> dict[str, nn.Module]:
@@ -168,7 +176,10 @@ def _products(model: PreTrainedModel, containers: dict[str, Container | Blocked]
     made: dict[str, nn.Module] = {}
     for name, container in containers.items():
         module = model.get_submodule(name)
-        if isinstance(container, Container):
+        if isinstance(module, PackedEmbedding):
+            assert isinstance(container, Container)
+            made[name] = PackedLookup(container, module.lookup)
+        elif isinstance(container, Container):
             assert isinstance(module, PackedLinear)
             made[name] = PackedProduct(container, module.bias)
         else:

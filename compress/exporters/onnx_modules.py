@@ -21,6 +21,8 @@ from transformers import DynamicCache
 
 from compress.exporters.blocked import Blocked, dequantized
 from compress.exporters.containers import Container
+from compress.modeling.tables import Lookup
+from compress.quantization.embedding import PackedEmbedding
 from compress.quantization.modules import PackedConvolution
 
 if TYPE_CHECKING:
@@ -67,6 +69,41 @@ class PackedProduct(nn.Module):
             shape=(*x.shape[:-1], shape.rows),
             version=1,
         )
+
+
+class PackedLookup(nn.Module):
+    """Rows of W [V, d] for ids that export themselves as `com.microsoft.GatherBlockQuantized`, which decodes these rows
+    alone; for tracing, it computes nothing. It reads the tensors of `MatMulNBits`: codes, scales and zero points."""
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+
+    def __init__(self, container: Container, lookup: Lookup) -> None:
+        super().__init__()
+        self.container, self.lookup = container, lookup
+        self.register_buffer("codes", container.codes)
+        self.register_buffer("scales", container.scales)
+        self.register_buffer("zeros", container.zeros)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        shape = self.container
+        inputs = [self.codes.view(shape.rows, -1), ids, self.scales, *([] if self.zeros is None else [self.zeros])]
+        attributes: dict[str, Any] = {
+            "bits": shape.bits,
+            "block_size": shape.block,
+            "gather_axis": 0,
+            "quantize_axis": 1,
+        }
+        rows: Tensor = torch.onnx.ops.symbolic(
+            "com.microsoft::GatherBlockQuantized",
+            inputs,
+            attributes,
+            dtype=torch.float32,
+            shape=(*ids.shape, shape.scales.shape[1] * shape.block),
+            version=1,
+        )
+        return self.lookup(rows[..., : shape.columns])
 
 
 class PackedKernel(nn.Module):
@@ -134,6 +171,8 @@ def with_weights(model: PreTrainedModel, containers: Mapping[str, Container | Bl
             if isinstance(packed, PackedConvolution):
                 module = packed.to_module(torch.float32)
                 weight = weight.view(module.get_parameter("weight").shape)
+            elif isinstance(packed, PackedEmbedding):
+                module = packed.to_module(torch.float32)
             else:
                 module = nn.Linear(container.columns, container.rows, bias=False, device="meta")
                 module.register_parameter("bias", cast("nn.Parameter | None", packed.bias))

@@ -50,10 +50,13 @@ def unused_parameters(program: ONNXProgram) -> int:
     """How many numbers of the traced model's parameters the graph does not read: what belongs to another input."""
     exported = program.exported_program
     assert exported is not None
-    names = exported.graph_signature.inputs_to_parameters
+    signature = exported.graph_signature
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}  # a bias of packed weights is a buffer
     nodes = [node for node in exported.graph.nodes if node.name in names]
-    read = {exported.state_dict[names[node.name]].data_ptr() for node in nodes if node.users}
-    others = [exported.state_dict[names[node.name]] for node in nodes if not node.users]
+    tensors = {**exported.constants, **exported.state_dict}
+    read = {tensors[names[node.name]].data_ptr() for node in nodes if node.users}
+    unread = [node.name for node in nodes if not node.users and node.name in signature.inputs_to_parameters]
+    others = [exported.state_dict[names[name]] for name in unread]
     return sum({one.data_ptr(): one.numel() for one in others if one.data_ptr() not in read}.values())
 
 

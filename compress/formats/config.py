@@ -5,10 +5,13 @@
   "quant_method": "compress", "format_version": 1, "producer": "compress 0.1.0",
   "default": {"codec": "pyramid", ..., "width": 51},             a codec's spec
   "modules": {"model.layers.0.self_attn.q_proj": {"width": 52}},  what differs from it, by module
-  "ignore": ["lm_head", "model.embed_tokens"],                    matrices that are stored as they were
-  "bits_per_weight": 3.2494
+  "tables": {"model.embed_tokens": {"codec": "integer", ...}},    embedding and head, where they are quantized
+  "ignore": ["lm_head"],                                          matrices that are stored as they were
+  "bits_per_weight": 3.2494                                       without tables
 }
 ```
+
+A tied table is listed once, as what it is stored as; the modules that share it are known from the model.
 """
 
 from __future__ import annotations
@@ -16,8 +19,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, Self
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Self
 
 import compress
 from compress.codecs.base import CodecSpec
@@ -25,26 +28,38 @@ from compress.codecs.registry import codec_of
 from compress.errors import ArtifactError, quoted
 from compress.modeling.names import align_name
 
+if TYPE_CHECKING:
+    from compress.modeling.tables import Table
+
 QUANT_METHOD = "compress"
 FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """Which spec each quantized module has. `specs` lists exceptions from `default`; `ignore` what is not quantized."""
+    """Which spec each quantized module has. `specs` lists exceptions from `default`; `ignore` what is not quantized;
+    `tables` the embedding and the head if they are."""
 
     default: CodecSpec
     specs: Mapping[str, CodecSpec]
     ignore: tuple[str, ...]
     bits_per_weight: float
     producer: str = f"compress {compress.__version__}"
+    tables: Mapping[str, CodecSpec] = field(default_factory=dict)
 
     @classmethod
-    def from_specs(cls, specs: Mapping[str, CodecSpec], ignore: Iterable[str], bits_per_weight: float) -> Self:
+    def from_specs(
+        cls,
+        specs: Mapping[str, CodecSpec],
+        ignore: Iterable[str],
+        bits_per_weight: float,
+        tables: Iterable[tuple[Table, CodecSpec]] = (),
+    ) -> Self:
         """From the spec of every quantized module. The most frequent one (the first of equals) is the default."""
         common = Counter(specs.values()).most_common(1)[0][0]
         differing = {name: spec for name, spec in specs.items() if spec != common}
-        return cls(common, differing, tuple(sorted(ignore)), bits_per_weight)
+        stored = {table.view.name: spec for table, spec in tables}
+        return cls(common, differing, tuple(sorted(ignore)), bits_per_weight, tables=stored)
 
     def by_module(self, modules: Collection[str], prefix: str) -> dict[str, CodecSpec]:
         """The spec of each of `modules`, the linear maps of a model's blocks, that is quantized, in their order.
@@ -72,6 +87,7 @@ class QuantizationConfig:
             "producer": self.producer,
             "default": default,
             "modules": modules,
+            **({"tables": {name: spec.to_dict() for name, spec in self.tables.items()}} if self.tables else {}),
             "ignore": list(self.ignore),
             "bits_per_weight": self.bits_per_weight,
         }
@@ -110,10 +126,23 @@ class QuantizationConfig:
             if not isinstance(change, dict):
                 raise _damaged(f"what it says of the module {quoted(name)} is no table")
             specs[name] = CodecSpec.from_dict({**default, **change})
-        common = CodecSpec.from_dict(default)
-        for spec in {common, *specs.values()}:
+        common, tables = CodecSpec.from_dict(default), _tables(data.get("tables", {}))
+        for spec in {common, *specs.values(), *tables.values()}:
             codec_of(spec)
-        return cls(common, specs, tuple(ignore), float(rate), producer)
+        return cls(common, specs, tuple(ignore), float(rate), producer, tables)
+
+
+def _tables(listed: object) -> dict[str, CodecSpec]:
+    if not isinstance(listed, dict):
+        raise _damaged("'tables' is no table")
+    specs = {}
+    for name, fields in listed.items():
+        if not isinstance(fields, dict):
+            raise _damaged(f"what it says of the table {quoted(name)} is no table")
+        specs[name] = CodecSpec.from_dict(fields)
+        if specs[name].mixing != "none":
+            raise _damaged(f"the table {quoted(name)} is mixed, and rows of it are looked up")
+    return specs
 
 
 def _damaged(what: str) -> ArtifactError:

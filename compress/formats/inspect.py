@@ -26,11 +26,13 @@ class MatrixRow:
 
 @dataclass(frozen=True)
 class Inspection:
-    """An artifact's contents. `verified` counts the files whose sha256 was compared, 0 when there are no checksums."""
+    """An artifact's contents. `tables` names the rows that are the embedding or the head; `bits_per_weight` is that of
+    all other rows. `verified` counts the files whose sha256 was compared, 0 when there are no checksums."""
 
     folder: Path
     producer: str
     rows: tuple[MatrixRow, ...]
+    tables: tuple[str, ...]
     ignore: tuple[str, ...]
     bits_per_weight: float
     model_bits_per_weight: float
@@ -52,7 +54,8 @@ def inspect_artifact(folder: Path) -> Inspection:
     bits = weights = 0
     for name, view in artifact.modules.items():
         matrix, measured = artifact.matrix(name), errors.get(name, {})
-        bits, weights = bits + matrix.bits, weights + count(view.shape)
+        if name not in artifact.tables:
+            bits, weights = bits + matrix.bits, weights + count(view.shape)
         rows.append(
             MatrixRow(
                 name=name,
@@ -69,6 +72,7 @@ def inspect_artifact(folder: Path) -> Inspection:
         folder=folder,
         producer=artifact.config.producer,
         rows=tuple(rows),
+        tables=artifact.tables,
         ignore=artifact.config.ignore,
         bits_per_weight=bits / weights,
         model_bits_per_weight=8 * size / parameters,

@@ -26,6 +26,7 @@ from compress.errors import ArtifactError, located, quoted
 from compress.formats.card import model_card
 from compress.formats.companions import copy_companions
 from compress.formats.config import QuantizationConfig
+from compress.formats.tables import tables_of
 from compress.modeling.bounds import check_complete, check_tensors
 from compress.modeling.folders import CONFIG, not_a_model
 from compress.modeling.io import Checkpoint
@@ -89,17 +90,26 @@ class Artifact:
         places = list(dict.fromkeys(view.place for view in views))
         self._specs = self.config.by_module(places, self.model.base_model_prefix)
         self._views = {view.name: view for view in views if view.place in self._specs}
+        self._tables = tables_of(self.config, self.model)
+        for table, spec in self._tables:
+            self._specs[table.view.place], self._views[table.view.name] = spec, table.view
         self._weights = StoredWeights(self.checkpoint, self.model)
         with located(folder, ArtifactError, "Copy the whole folder again."):
-            check_tensors(self.model, self._weights, {view.parameter for view in self._views.values()})
+            tied = {name for table, _ in self._tables for name in table.parameters}
+            check_tensors(self.model, self._weights, {view.parameter for view in self._views.values()} | tied)
             check_complete(self.model, self._weights)
         for name in self._views:
             self._check_payload(name)
 
     @property
     def modules(self) -> Mapping[str, MatrixView]:
-        """The quantized matrices by name, in the order of the model."""
+        """The quantized matrices by name, in the order of the model, tables last."""
         return self._views
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """Those that are tables: embedding and head."""
+        return tuple(table.view.name for table, _ in self._tables)
 
     def matrix(self, name: str) -> QuantizedMatrix:
         """The quantized matrix `name`, read now."""

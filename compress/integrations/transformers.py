@@ -52,11 +52,16 @@ class CompressHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        from compress.formats.tables import tables_of
         from compress.modeling.structure import matrices
+        from compress.quantization.embedding import prepare_tables
         from compress.quantization.modules import prepare_packed
 
+        config = self.quantization_config.parsed()
         places = list(dict.fromkeys(view.place for view in matrices(model, towers=True)))
-        prepare_packed(model, self.quantization_config.parsed().by_module(places, model.base_model_prefix))
+        tables = tables_of(config, model, declared=True)
+        prepare_packed(model, config.by_module(places, model.base_model_prefix))
+        prepare_tables(model, tables)
 
     def _dequantize(self, model: torch.nn.Module, dtype: torch.dtype | str | None = None) -> torch.nn.Module:
         from compress.quantization.modules import unpack

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from compress.errors import UsageError
+from compress.losses.processes import ALONE, Processes
 
 IGNORED = -100
 """The label of a position that is left out, as everywhere in the field."""
@@ -85,6 +86,10 @@ class Loss(nn.Module):
     """
 
     needs: ClassVar[Needs] = Needs.TEACHER
+    divisible: ClassVar[bool] = False
+    """Whether processes that each have some rows of a batch compute what one process computes of all, by means of
+    `processes`, which a trainer sets. An `independent` `TokenLoss` needs no means."""
+    processes: Processes = ALONE
 
     def __init__(self, *, reduction: Reduction = "mean", vocabulary: Vocabulary = "equal") -> None:
         super().__init__()
@@ -152,7 +157,8 @@ class TokenLoss(Loss):
             student = student[keep]
             teacher, labels, weights = (None if each is None else each[keep] for each in (teacher, labels, weights))
         self.check(student, teacher, labels)
-        if student.shape[0] == 0 and self.reduction != "none":
+        apart = not self.divisible or self.processes.size == 1
+        if student.shape[0] == 0 and apart and self.reduction != "none":
             return as_float(student).sum()  # of nothing: zero, whatever the positions left out hold
         return self.reduce(self.all_values(student, teacher, labels), weights, denominator)
 

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from compress.losses.base import Common, TokenLoss, chunk_rows, positive
 from compress.losses.decoupled import at_least_zero
+from compress.losses.processes import ALONE, Processes
 
 FLAT = 4.0
 """A line is constant when its relative standard deviation is below this many roundings: what is left is their noise."""
@@ -44,10 +45,12 @@ class Dist(TokenLoss):
     constant, r is 0, the value 1 and the gradient 0; if both are, a position has inter = 0, and a class does not count
     in the mean of intra. Classes that both leave out (-inf) do not count anywhere. As the student's prediction tends to
     uniform, the gradient grows as the inverse of its relative standard deviation. Weights apply to the values of
-    positions, not inside intra. Time O(N V); memory O(N V): positions cannot be cut into chunks.
+    positions, not inside intra. Time O(N V); memory O(N V): positions cannot be cut into chunks. On several
+    processes intra is over the positions of all; sums over them are exchanged, not the positions.
     """
 
     independent: ClassVar[bool] = False
+    divisible: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -65,63 +68,64 @@ class Dist(TokenLoss):
 
     def values(self, student: Tensor, teacher: Tensor | None, labels: Tensor | None) -> Tensor:
         assert teacher is not None
-        if len(student) == 0:
+        if sum(self.processes.counts(len(student), student.device)) == 0:
             return student.sum(-1)
         # not log_softmax: on a CPU its sum is taken without pairing, and 1e-5 off over 128,000 classes
         log_q, log_p = (
             z - z.logsumexp(-1, keepdim=True) for z in (student / self.temperature, teacher / self.temperature)
         )
         absent = torch.isneginf(log_q) & torch.isneginf(log_p)
-        present = ~absent if bool(absent.any()) else None
-        inter, _ = _Decorrelation.apply(log_q, log_p, present, 1, self.eps)
-        intra, counts = _Decorrelation.apply(log_q, log_p, present, 0, self.eps)
+        present = ~absent if bool(self.processes.total(absent.any().long())) else None
+        inter, _ = _Decorrelation.apply(log_q, log_p, present, 1, self.eps, ALONE)
+        intra, counts = _Decorrelation.apply(log_q, log_p, present, 0, self.eps, self.processes)
         intra = intra.sum() / counts.sum().clamp(min=1)
         return (self.temperature**2 if self.t2 else 1.0) * (self.beta * inter + self.gamma * intra)
 
 
 class _Decorrelation(torch.autograd.Function):
     """1 - r of exp(log_q) and exp(log_p) [N, V] along a dimension, and which lines are not constant in both; some lines
-    at a time, so that they stay in the caches. The gradient is kept for the backward pass."""
+    at a time, so that they stay in the caches. The gradient is kept for the backward pass. Lines along the positions
+    (dimension 0) go on in the other processes."""
 
     @staticmethod
     def forward(
-        ctx: Any, log_q: Tensor, log_p: Tensor, present: Tensor | None, dim: int, eps: float
+        ctx: Any, log_q: Tensor, log_p: Tensor, present: Tensor | None, dim: int, eps: float, processes: Processes
     ) -> tuple[Tensor, Tensor]:
-        lines, numbers = log_q.shape[1 - dim], log_q.shape[dim]
+        lines, numbers = log_q.shape[1 - dim], sum(processes.counts(log_q.shape[dim], log_q.device))
         step = chunk_rows(lines, numbers, log_q.device)
         kept = torch.empty_like(log_q) if ctx.needs_input_grad[0] else None
         values, counts = [], []
         for start in range(0, lines, step):
             part = (slice(None),) * (1 - dim) + (slice(start, start + step),)
             value, count, gradient = decorrelation(
-                log_q[part], log_p[part], None if present is None else present[part], dim, eps
+                log_q[part], log_p[part], None if present is None else present[part], dim, eps, processes
             )
             values.append(value)
             counts.append(count)
             if kept is not None:
                 kept[part] = gradient
-        ctx.dim = dim
+        ctx.dim, ctx.processes = dim, processes
         if kept is not None:
             ctx.save_for_backward(kept)
-        counted = torch.cat(counts)
+        counted = torch.cat(counts) if counts else log_q.new_empty(0, dtype=torch.bool)
         ctx.mark_non_differentiable(counted)
-        return torch.cat(values), counted
+        return torch.cat(values) if values else log_q.new_empty(0), counted
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream.unsqueeze(ctx.dim), None, None, None, None
+        return gradient * ctx.processes.total(upstream).unsqueeze(ctx.dim), None, None, None, None, None
 
 
 def decorrelation(
-    log_q: Tensor, log_p: Tensor, present: Tensor | None, dim: int, eps: float
+    log_q: Tensor, log_p: Tensor, present: Tensor | None, dim: int, eps: float, processes: Processes
 ) -> tuple[Tensor, Tensor, Tensor]:
     """1 - r of the lines along `dim`, which of them are not constant in both, and the gradient at log_q."""
-    q, a, length_q, top_q = standardised(log_q, present, dim)
-    _, b, length_p, top_p = standardised(log_p, present, dim)
+    q, a, length_q, top_q = standardised(log_q, present, dim, processes)
+    _, b, length_p, top_p = standardised(log_p, present, dim, processes)
     difference = a - b
-    value = torch.linalg.vector_norm(difference, dim=dim, keepdim=True).square() / 2
+    value = processes.total(torch.linalg.vector_norm(difference, dim=dim, keepdim=True).square()) / 2
     slope = length_q.reciprocal()
     if eps > 0:
         product = length_q * length_p * torch.exp(top_q + top_p)
@@ -134,18 +138,24 @@ def decorrelation(
     return value.squeeze(dim), either.squeeze(dim), gradient
 
 
-def standardised(log_x: Tensor, present: Tensor | None, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def standardised(
+    log_x: Tensor, present: Tensor | None, dim: int, processes: Processes
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x relative to its largest value, x centred and scaled to length one (0 when constant), the length before (0 when
     constant), and the logarithm of the largest value."""
-    top = log_x.amax(dim, keepdim=True)
+    if log_x.shape[dim]:
+        top = log_x.amax(dim, keepdim=True)
+    else:
+        top = torch.full_like(log_x.sum(dim, keepdim=True), -torch.inf)
+    top = processes.largest(top)
     top = top.masked_fill(torch.isneginf(top), 0)
     x = torch.exp(log_x - top)
     if present is None:
-        count = torch.full_like(top, log_x.shape[dim])
-        centred = x - x.mean(dim, keepdim=True)
+        count = processes.total(torch.full_like(top, log_x.shape[dim]))
+        centred = x - processes.total(x.sum(dim, keepdim=True)) / count
     else:
-        count = present.sum(dim, keepdim=True).clamp(min=1).to(x.dtype)
-        centred = (x - x.sum(dim, keepdim=True) / count).mul_(present)
-    length = torch.linalg.vector_norm(centred, dim=dim, keepdim=True)
+        count = processes.total(present.sum(dim, keepdim=True)).clamp(min=1).to(x.dtype)
+        centred = (x - processes.total(x.sum(dim, keepdim=True)) / count).mul_(present)
+    length = processes.total(torch.linalg.vector_norm(centred, dim=dim, keepdim=True).square()).sqrt()
     flat = length <= FLAT * torch.finfo(x.dtype).eps * count.sqrt()
     return x, centred.mul_((1 / length).masked_fill_(flat, 0)), length.masked_fill(flat, 0), top

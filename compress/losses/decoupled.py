@@ -119,6 +119,7 @@ class UniversalSelfKD(TokenLoss):
 
     needs = Needs.LABELS
     independent: ClassVar[bool] = False
+    divisible: ClassVar[bool] = True
 
     def __init__(self, alpha: float = 1.0, beta: float = 0.1, mu: float = 0.005, **common: Unpack[Common]) -> None:
         super().__init__(**common)
@@ -148,7 +149,8 @@ class UniversalSelfKD(TokenLoss):
         log_label, log_others = s.log_label, s.log_others
         with torch.no_grad():
             squared = log_label.exp().square()
-            label_target = squared + 1 - squared.mean()
+            count = self.processes.total(squared.new_tensor(squared.numel()))
+            label_target = squared + 1 - self.processes.total(squared.sum()) / count.clamp(min=1)
             zipf = zipf_by_rank(log_others, None if teacher is None else LabelSplit(teacher, labels).log_others)
         on_label = weighed(label_target, log_label).squeeze(-1)
         return -self.alpha * on_label - self.beta * weighed(zipf, log_others).sum(-1)

@@ -78,7 +78,7 @@ class NormDirection(Loss):
     there. `seed` draws W.
 
     The class means run over the batches that are seen in training mode: a batch counts before its loss is computed,
-    each position once whatever its weight, on each process for itself. `fix` gives means computed beforehand instead,
+    each position once whatever its weight, those of all processes. `fix` gives means computed beforehand instead,
     as the paper does. A position whose class has no mean yet (in evaluation) or a mean of zero, or whose two features
     are both zero, is left out; a `denominator` that the caller gives does not know of that.
 
@@ -87,6 +87,7 @@ class NormDirection(Loss):
     """
 
     needs = Needs.TEACHER | Needs.LABELS | Needs.FEATURES
+    divisible = True
     fixed: Tensor
 
     def __init__(
@@ -149,7 +150,7 @@ class NormDirection(Loss):
             student, teacher, labels = student[keep], teacher[keep], labels[keep]
             weights = None if weights is None else weights[keep]
         if self.training and not self.fixed:
-            self.running.update(teacher, labels)
+            self.running.update(self.processes.gather(teacher), self.processes.gather(labels))
         student = self.project(student)
         centre, teacher = self.running.means[labels].to(student.dtype), teacher.to(student.dtype)
         length = torch.linalg.vector_norm(centre, dim=-1)

@@ -33,7 +33,7 @@ class ConditionalMutualInformation(TokenLoss):
     Q^y = E[p | y] the derivative of CMI with respect to Q^y along distributions is zero.
 
     **Centroids.** Q^y is an average over the positions of class y that are seen in training mode, those of the batch
-    included, each once whatever its weight, on each process for itself. n positions weigh in with max(n / N, 1 -
+    included, each once whatever its weight, those of all processes. n positions weigh in with max(n / N, 1 -
     decay^(n / 8)), N being all so far: a plain mean of the first 8 / (1 - decay) = 80,000 of a class, then the
     published moving average (`decay` 0.9999 for each 8 samples of a class), the same to first order however a batch is
     cut. The published algorithm instead takes one pass over the data first, then runs 8 further samples of every class
@@ -50,6 +50,7 @@ class ConditionalMutualInformation(TokenLoss):
 
     needs = Needs.LABELS
     independent = False
+    divisible = True
     centroids: Tensor
     counts: Tensor
 
@@ -87,10 +88,11 @@ class ConditionalMutualInformation(TokenLoss):
     @torch.no_grad()
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Let logits [n, classes] with labels [n] weigh in."""
+        check_labels(labels, len(self.counts))
+        probabilities, labels = (self.processes.gather(x) for x in (torch.softmax(as_float(logits), -1), labels))
         if not len(labels):
             return
-        check_labels(labels, len(self.counts))
-        present, counts, means = means_by_class(torch.softmax(as_float(logits), -1), labels)
+        present, counts, means = means_by_class(probabilities, labels)
         self.counts[present] += counts
         log_decay = math.log(self.decay) if self.decay else -math.inf
         share = torch.maximum(counts / self.counts[present], -torch.expm1(counts * (log_decay / SAMPLES)))

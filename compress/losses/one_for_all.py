@@ -74,6 +74,7 @@ class BranchedOneForAll(Loss):
     """
 
     needs = Needs.TEACHER | Needs.LABELS | Needs.FEATURES
+    divisible = True
 
     def __init__(
         self,

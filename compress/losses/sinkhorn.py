@@ -108,9 +108,11 @@ class Sinkhorn(TokenLoss):
       mean: time is O(rows^2 V), memory O(rows^2 + rows V).
 
     Batches are those of a forward pass: unlike other losses, this one changes when a batch is cut into micro-batches.
+    On several processes it is the batch of all: the chosen rows of the probabilities go to every process.
     """
 
     independent: ClassVar[bool] = False
+    divisible: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -140,14 +142,20 @@ class Sinkhorn(TokenLoss):
 
     def values(self, student: Tensor, teacher: Tensor | None, labels: Tensor | None) -> Tensor:
         assert teacher is not None
-        count = len(student)
-        if count == 0:
+        counts = self.processes.counts(len(student), student.device)
+        if sum(counts) == 0:
             return student.sum(-1)
-        rows = evenly_spaced(count, self.max_rows, student.device)
-        q = torch.softmax(student[rows] / self.temperature, -1)
-        p = torch.softmax(teacher[rows] / self.temperature, -1)
+        rows = evenly_spaced(sum(counts), self.max_rows, student.device)
+        first, last = (
+            int((rows < sum(counts[:rank])).sum()) for rank in (self.processes.rank, self.processes.rank + 1)
+        )
+        own = rows[first:last] - sum(counts[: self.processes.rank])
+        q = self.processes.gather(torch.softmax(student[own] / self.temperature, -1))
+        p = self.processes.gather(torch.softmax(teacher[own] / self.temperature, -1))
         values = self.of_predictions(q, p)
-        return values if len(rows) == count else values.mean().expand(count).index_copy(0, rows, values)
+        if len(own) == len(student):
+            return values[first:last]
+        return values.mean().expand(len(student)).index_copy(0, own, values[first:last])
 
     def of_predictions(self, q: Tensor, p: Tensor) -> Tensor:
         """The rows' values [B] of predictions [B, V]."""

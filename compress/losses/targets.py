@@ -203,17 +203,35 @@ class SampledKL(TargetLoss):
     Anshumann et al. 2025 (arXiv 2503.16870), about 50 draws from the teacher itself. From the teacher's logits, every
     call in training mode makes fresh draws: their stream starts at `seed`, and where it has got to is the buffer
     `stream`, so that a training taken up from a checkpoint goes on with the draws that it would have had. In
-    evaluation mode the stream stands still, and the same logits get the same draws. A ready target is used as it is:
-    over epochs that all use one, the estimate is of its draws and not of p.
+    evaluation mode the stream stands still, and the same logits get the same draws. Several processes draw from one
+    stream, each what is for its positions (in the fused form, each from one of its own). A ready target is used as it
+    is: over epochs that all use one, the estimate is of its draws and not of p.
     """
 
     kind = "sampled"
+    divisible = True
     stream: Tensor
 
     def __init__(self, draws: int = 50, seed: int = 0, **options: Unpack[Options]) -> None:
         super().__init__(**options)
         self.draws = at_least_one(draws, "draws")
         self.register_buffer("stream", torch.Generator().manual_seed(seed).get_state())
+
+    def all_values(self, student: Tensor, teacher: Tensor | None, labels: Tensor | None) -> Tensor:
+        if not self.training:
+            return super().all_values(student, teacher, labels)
+        counts = self.processes.counts(len(student), student.device)
+        self.skip(sum(counts[: self.processes.rank]))
+        values = super().all_values(student, teacher, labels)
+        self.skip(sum(counts[self.processes.rank + 1 :]))
+        return values
+
+    def skip(self, positions: int) -> None:
+        """Leave out the draws for so many positions."""
+        generator = torch.Generator()
+        generator.set_state(self.stream.cpu())
+        torch.rand(positions, self.draws, generator=generator, dtype=torch.float64)
+        self.stream.copy_(generator.get_state())
 
     def pair(self, student: Tensor, teacher: Tensor | None, labels: Tensor | None) -> tuple[Tensor, Tensor]:
         assert teacher is not None

@@ -76,8 +76,8 @@ def head_of(model: PreTrainedModel) -> Head:
         scale = getattr(config, MULTIPLIED[kind])
     elif kind in DIVIDED:
         scale = 1 / getattr(config, DIVIDED[kind])
-    head = Head(output.weight, output.bias, scale, getattr(config, CAPPED[kind]) if kind in CAPPED else None)
-    difference = _difference(model, output, head)
+    softcap = getattr(config, CAPPED[kind]) if kind in CAPPED else None
+    difference = _difference(model, output, scale, softcap)
     # half precisions are compared as the model computes: its logits are rounded, those of `head` are not
     if not difference <= (0.02 if output.weight.dtype.itemsize == 2 else 0.002) * LARGEST:
         raise ModelError(
@@ -85,11 +85,11 @@ def head_of(model: PreTrainedModel) -> Head:
             f"{difference:.3g}, where the largest is {LARGEST:g}.",
             remedy=f"{REMEDY} What {kind!r} models do belongs into compress/modeling/head.py.",
         )
-    return head
+    return Head(output.weight, output.bias, scale, softcap)
 
 
 @torch.no_grad()
-def _difference(model: PreTrainedModel, output: nn.Linear, head: Head) -> float:
+def _difference(model: PreTrainedModel, output: nn.Linear, scale: float, softcap: float | None) -> float:
     """max |logits - head(h)| of the model, with what its output embedding reads enlarged so that max |h W^T| = 50.
 
     Enlarged, because a softcap of 30 changes a logit of 0.3 by a hundred-thousandth. Infinite if the two cannot be
@@ -99,7 +99,7 @@ def _difference(model: PreTrainedModel, output: nn.Linear, head: Head) -> float:
 
     def enlarge(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         read, *rest = arguments
-        largest = Head(output.weight, None, head.scale)(read).abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+        largest = Head(output.weight, None, scale)(read).abs().max().clamp(min=torch.finfo(torch.float32).tiny)
         factors.append(float(LARGEST / largest))
         return read * factors[-1], *rest
 
@@ -110,6 +110,7 @@ def _difference(model: PreTrainedModel, output: nn.Linear, head: Head) -> float:
             found = model(input_ids=ids, output_hidden_states=True, use_cache=False, return_dict=True)
     finally:
         handle.remove()
+    head = Head(output.weight, output.bias, scale, softcap)  # a sharded model has its weights from its forward on
     states = found.get("hidden_states")
     if len(factors) != 1 or not states or states[-1].shape[-1] != head.weight.shape[1]:
         return torch.inf

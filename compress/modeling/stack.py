@@ -97,6 +97,31 @@ class Recorder(Substitute):
         return (hidden,) if self._tuples else hidden
 
 
+class _Passed(Substitute):
+    """Stands in the place of a block that was run already: hands on what it gets, or, the first one, `hidden`."""
+
+    def __init__(self, block: nn.Module, hidden: Tensor | None, tuples: bool) -> None:
+        super().__init__(block)
+        self._hidden, self._tuples = hidden, tuples
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = args[0] if args else kwargs["hidden_states"]
+        hidden = given if self._hidden is None else self._hidden.to(given.dtype)
+        return (hidden,) if self._tuples else hidden
+
+
+@contextmanager
+def after_blocks(model: PreTrainedModel, hidden: Tensor, tuples: bool) -> Iterator[None]:
+    """Within this, `model` makes of the batch that led to `hidden`, the hidden states after its last block, what it
+    would say; its blocks, which return `tuples` or not, are not run."""
+
+    def stand_in(index: int, name: str, block: nn.Module) -> nn.Module:
+        return _Passed(block, None if index else hidden, tuples)
+
+    with substituted(model, stand_in), torch.no_grad():
+        yield
+
+
 def record(model: PreTrainedModel, batches: Sequence[Batch], first: nn.Module) -> Iterator[Recording]:
     """What the blocks of `model` are called with for each of `batches`, one recording at a time.
 
@@ -107,7 +132,7 @@ def record(model: PreTrainedModel, batches: Sequence[Batch], first: nn.Module) -
     hidden states is used.
     """
     blocks = len(find_blocks(model))
-    tuples = _returns_tuples(model, batches[0], first)
+    tuples = returns_tuples(model, batches[0], first)
     shared: tuple[Call, ...] | None = None
     for batch in batches:
         whole = shared is None and kind_of(model) != "image"
@@ -120,7 +145,8 @@ def record(model: PreTrainedModel, batches: Sequence[Batch], first: nn.Module) -
         yield Recording(log[0][1].to(torch.float32), shared)
 
 
-def _returns_tuples(model: PreTrainedModel, batch: Batch, first: nn.Module) -> bool:
+def returns_tuples(model: PreTrainedModel, batch: Batch, first: nn.Module) -> bool:
+    """Whether blocks like `first`, with its weights in float32, return a tuple. Raises as `record` does."""
     log = _run(model, batch, ends_at=0, tuples=False)
     if not log:
         raise _strange(model, "they are not called at all")

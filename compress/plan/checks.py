@@ -45,10 +45,22 @@ def check_machine(recipe: Recipe) -> None:
         require_bitsandbytes()
 
 
+def _check_tables(recipe: Recipe) -> None:
+    """Raises `UsageError` for tables that are quantized and then exported to a format without such."""
+    part = recipe.quantize
+    tables = part is not None and (part.embedding_bits, part.head_bits) != (None, None)
+    if tables and any(export.to == "bitsandbytes" for export in recipe.export):
+        raise UsageError(
+            "bitsandbytes has no quantized embeddings, and no head quantized like them.",
+            remedy="Leave out quantize.embedding_bits and quantize.head_bits, or that export.",
+        )
+
+
 def check_models(recipe: Recipe, subject: Subject, subjects: Mapping[str, Subject]) -> None:
     """Check `subject`, which goes through the stages, and the models that `recipe` names: `subjects` by their names.
     Raises `ExportError` for one that is to be exported and cannot be, and what the checks below raise."""
     _check_data(recipe, subject)
+    _check_tables(recipe)
     if any(part.to == "onnx" for part in recipe.export):
         require_exportable(subject.model)
     if recipe.distill is not None:

@@ -17,8 +17,11 @@ from typing import TYPE_CHECKING
 from compress.data.calibration import BATCH_TOKENS
 from compress.modeling.loading import parameter_count
 from compress.modeling.structure import MatrixView, find_blocks
+from compress.quantization.allocation.evolve import KEPT_WEIGHTS
+from compress.quantization.allocation.table import MOST_LEVELS
 from compress.quantization.data import row_length
 from compress.quantization.options import Ldlq
+from compress.quantization.tables import CHUNK_WEIGHTS
 from compress.recipe.schema import parse_bytes
 
 if TYPE_CHECKING:
@@ -51,6 +54,13 @@ def nearest_memory(rows: Sequence[MatrixPlan]) -> int:
     return max(payloads.values()) + FLOAT * WORKING_COPIES * max(row.shape[0] * row.shape[1] for row in rows)
 
 
+def table_memory(rows: Sequence[MatrixPlan], itemsize: int) -> int:
+    """Of rounding the embedding and the head: each as it is stored, `itemsize` bytes a weight, its codes at a byte
+    each, its payload twice, and working copies of a chunk."""
+    tables = [(1 + itemsize) * row.shape[0] * row.shape[1] + 2 * row.bytes for row in rows]
+    return max(tables, default=0) + (FLOAT * WORKING_COPIES * CHUNK_WEIGHTS if rows else 0)
+
+
 def learning_memory(model: PreTrainedModel, views: Sequence[MatrixView], transform: Ost, context: int | None) -> int:
     """Of learning a transform: the whole model in float32, hidden states between the blocks, and the larger of two
     moments: a block runs, with its weights in several forms and its activations; or logits are compared."""
@@ -62,6 +72,25 @@ def learning_memory(model: PreTrainedModel, views: Sequence[MatrixView], transfo
     block = WEIGHT_FORMS * max(blocks) + ACTIVATION_FORMS * FLOAT * tokens * widths
     logits = LOGIT_FORMS * FLOAT * tokens * int(config.vocab_size)
     return FLOAT * parameter_count(model) + between + max(block, logits) + LIBRARIES
+
+
+def measuring_memory(model: PreTrainedModel, views: Sequence[MatrixView], recipe: QuantizeRecipe) -> int:
+    """Of measuring what each group of matrices loses: what lies outside of the blocks, and of the blocks what the
+    budget holds and two more, in float32; the calibration rows before a block and behind it; the sums over the inputs
+    of a block, one of them in a few forms; a block's payloads; logits; of a search the matrices that it keeps."""
+    blocks = [FLOAT * parameter_count(block) for _, block in find_blocks(model)]
+    outside = FLOAT * parameter_count(model) - sum(blocks)
+    resident = min(sum(blocks), parse_bytes(recipe.memory)) + 2 * max(blocks)
+    config = model.config.get_text_config().to_dict()
+    tokens = recipe.rows * row_length(model, recipe.context)
+    hidden = 2 * FLOAT * tokens * int(config.get("hidden_size", max(view.shape[1] for view in views)))
+    inputs = {view.group: DOUBLE * view.shape[1] ** 2 for view in views if view.block == 0}
+    moments = sum(inputs.values()) + int(FACTORS * max(inputs.values()))
+    payloads = 4 * sum(view.weights for view in views if view.block == 0)
+    logits = LOGIT_FORMS * FLOAT * BATCH_TOKENS * int(config.get("vocab_size", 0))
+    weights = sum(view.weights for view in views)
+    decoded = FLOAT * min(KEPT_WEIGHTS, MOST_LEVELS * weights) if recipe.allocation.name == "evolve" else 0
+    return outside + resident + hidden + moments + payloads + logits + decoded + LIBRARIES
 
 
 def calibrated_memory(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from compress.errors import UsageError
 
 if TYPE_CHECKING:
-    from compress.recipe import Recipe
+    from compress.recipe import QuantizeRecipe, Recipe
 
 INSIDE = {"distill": "distilled", "transform": "transformed", "quantize": "quantized"}
 """Folders inside `out` where they are not called as the stage is."""
@@ -40,6 +40,11 @@ def places_of(recipe: Recipe) -> Places:
             if place is not None and _overlap(place.resolve(), folder.resolve()):
                 raise UsageError(f"{name} '{folder}' and the result '{place}' overlap.", remedy="Name another folder.")
     return Places(out, stages, work)
+
+
+def table_folder(part: QuantizeRecipe, work: Path) -> Path:
+    """Where the table of an allocation is, in a run with the work folder `work`."""
+    return Path(part.table) if part.table is not None else work / "table"
 
 
 def _own_folder(out: str) -> Path:

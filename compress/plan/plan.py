@@ -22,9 +22,10 @@ from compress.modeling.structure import Convolution
 from compress.ops import backend
 from compress.plan.checks import check_machine, check_models
 from compress.plan.places import Places, places_of
-from compress.plan.quantize import QuantizationPlan, plan_quantization
+from compress.plan.quantize import QuantizationPlan, draft_quantization, plan_quantization
 from compress.plan.stage import StagePlan
 from compress.plan.subject import Subject, read_subjects, subject_of
+from compress.plan.sweep import kept_table
 from compress.plan.transform import plan_transform
 
 if TYPE_CHECKING:
@@ -74,9 +75,8 @@ def make_plan(recipe: Recipe) -> Plan:
     check_models(recipe, subject, subjects)
     quantization = None
     if recipe.quantize is not None:
-        quantization = plan_quantization(
-            recipe.quantize, subject, recipe.trust_remote_code, exported=bool(recipe.export)
-        )
+        draft = draft_quantization(recipe.quantize, subject, recipe.trust_remote_code, exported=bool(recipe.export))
+        quantization = plan_quantization(draft, kept_table(recipe, subject, places))
     return Plan(
         recipe=recipe,
         out=str(places.out),
@@ -149,6 +149,8 @@ def _distill(
 
 def _quantize(plan: QuantizationPlan, source: str | None, out: str | None, device: str) -> StagePlan:
     text = f"{len(plan.matrices)} matrices with {plan.codec} at {plan.bits_per_weight:.4f} bits per weight"
+    for table in plan.tables:
+        text += f", '{table.name}' at {table.bits_per_weight:.4f}"
     if not plan.data_free:
         text += f", rounded by {plan.rounding}"
     notes = (*plan.notes, *plan.guesses, *(_on_the_cpu(device) if plan.data_free else ()))

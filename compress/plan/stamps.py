@@ -8,18 +8,26 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 
 import compress
+from compress.data import data_source, fingerprint
 from compress.modeling.resolve import HUB_FILES, resolve_model
-from compress.plan.plan import Plan
+from compress.ops import backend
+from compress.quantization.allocation import Uniform, allocation_of
+from compress.recipe.schema import Recipe, flatten
 from compress.storage import file_sha256
+
+if TYPE_CHECKING:
+    from compress.plan.plan import Plan
 
 HASHED_BYTES = 64_000_000
 """Up to this size a file is known by its content (a quarter of a second), above by its size and time of change."""
+OF_TABLES = ("codec", "rounding", "transform", "data", "rows", "context", "towers")
+"""The fields of a quantization that decide what is measured for an allocation."""
 FILES = (*HUB_FILES, "*.py")
 """What of a model's folder decides what the model does: weights, configs, tokenizer, and code that came with it."""
 
@@ -31,12 +39,39 @@ def arguments(plan: Plan) -> dict[str, Any]:
     models = [*recipe.models, *([student.tokenizer] if student is not None and student.tokenizer is not None else [])]
     made = {stage.out for stage in plan.stages}
     values = {**recipe.arguments(), "out": plan.out, "backend": plan.backend}
-    values |= {"compress": compress.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    values |= _versions()
     values |= {f"files of {model}": model_stamp(model) for model in models if str(Path(model)) not in made}
     values |= {f"hash of {data['spec']}": data.get("sha256", data["origin"]) for data in plan.data}
     if student is not None:
         values["distill.student.config"] = f"sha256 {file_sha256(Path(student.config))[:16]}"
     return values
+
+
+def table_arguments(recipe: Recipe, model: str) -> dict[str, Any]:
+    """Of those, what a table of the losses of `model` depends on, which is what `recipe` quantizes: everything but the
+    rates, and what becomes of the result."""
+    part = recipe.quantize
+    assert part is not None
+    asked = part.model_dump(mode="json", include=set(OF_TABLES))
+    rows = allocation_of(part.allocation.name, part.allocation.options)
+    values = {**flatten(asked), "seed": recipe.seed, "backend": backend(), "model": model}
+    if not isinstance(rows, Uniform):
+        values["allocation.rows"] = rows.rows
+    if part.transform.name == "ost":  # which is learned for matrices of that rate
+        values |= {"bits": part.bits, "first_bits": part.first_bits, "last_bits": part.last_bits}
+    values |= _versions()
+    values[f"files of {model}"] = model_stamp(model)
+    return values | {f"hash of {spec}": data_stamp(spec) for spec in part.data or ()}
+
+
+def _versions() -> dict[str, str]:
+    return {"compress": compress.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def data_stamp(spec: str) -> str:
+    """A hash over the documents or images of a source; of installed packages, which are large, only their versions."""
+    source = data_source(spec)
+    return source.origin if spec.startswith("packages:") else fingerprint(source).sha256
 
 
 def model_stamp(reference: str) -> str:

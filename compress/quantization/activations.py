@@ -2,12 +2,13 @@
 
 The file is what a run that was killed goes on from, so it is always there when there is a folder for it: float32,
 batch after batch, row-major. What is in memory is a copy that saves reading; a file that was just written is mostly in
-the system's page cache as well, which gives way when memory is short.
+the system's page cache as well, which gives way when memory is short. Batches are cut into chunks with a file each
+(`ChunkedActivations`), so that processes that share the batches can take them up in other numbers than they began.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import BufferedReader, BufferedWriter
 from pathlib import Path
 
@@ -90,3 +91,74 @@ class Activations:
         self._kept.clear()
         if self._path is not None:
             self._path.unlink(missing_ok=True)
+
+
+class ChunkedActivations:
+    """Hidden states of consecutive chunks of batches, as if they were `Activations` of all of them.
+
+    `budget`: bytes that may be kept in memory, given to the first chunks. `place` names the file of the chunk with a
+    number, or None for none.
+    """
+
+    def __init__(
+        self, chunks: Mapping[int, Sequence[tuple[int, ...]]], budget: int, place: Callable[[int], Path | None]
+    ) -> None:
+        self._chunks: list[Activations] = []
+        for number, shapes in chunks.items():
+            made = Activations(shapes, budget, place(number))
+            budget = max(0, budget - made.bytes)
+            self._chunks.append(made)
+        self._index()
+
+    @classmethod
+    def reopen(
+        cls, chunks: Mapping[int, Sequence[tuple[int, ...]]], place: Callable[[int], Path | None]
+    ) -> ChunkedActivations:
+        """Those whose chunks earlier processes wrote. Raises `WorkspaceError` like `Activations.reopen`."""
+        found = cls({}, 0, place)
+        places = {number: place(number) for number in chunks}
+        found._chunks = [
+            Activations.reopen(chunks[number], path) for number, path in places.items() if path is not None
+        ]
+        found._index()
+        return found
+
+    def _index(self) -> None:
+        self._places = [(chunk, index) for chunk in self._chunks for index in range(len(chunk.shapes))]
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of all batches."""
+        return [shape for chunk in self._chunks for shape in chunk.shapes]
+
+    @property
+    def written(self) -> int:
+        """Batches that were written so far."""
+        return sum(chunk.written for chunk in self._chunks)
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files that there are."""
+        return [chunk.path for chunk in self._chunks if chunk.path is not None]
+
+    def write(self, hidden: Tensor) -> None:
+        """Append the next batch."""
+        self._places[self.written][0].write(hidden)
+
+    def close(self) -> None:
+        """End of writing: the files have all that was written."""
+        for chunk in self._chunks:
+            chunk.close()
+
+    def read(self, index: int, device: torch.device) -> Tensor:
+        """Batch `index`, on `device`."""
+        chunk, place = self._places[index]
+        return chunk.read(place, device)
+
+    def discard(self) -> None:
+        """Remove the files and let go of the memory."""
+        for chunk in self._chunks:
+            chunk.discard()
+
+
+States = Activations | ChunkedActivations

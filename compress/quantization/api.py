@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,30 +14,48 @@ from transformers import PreTrainedModel
 from transformers.quantizers.auto import AutoHfQuantizer
 
 from compress.codecs import registry
-from compress.codecs.base import Codec, CodecSpec, QuantizedMatrix
+from compress.codecs.base import Codec, CodecSpec
 from compress.data.calibration import Batch
+from compress.distributed import world
 from compress.errors import ModelError, UsageError
-from compress.events import Events, seconds_left
+from compress.events import Events
 from compress.formats.config import QUANT_METHOD, QuantizationConfig
-from compress.modeling.experts import open_experts
 from compress.modeling.loading import load_config, load_model, load_tokenizer, require_unquantized
 from compress.modeling.resolve import resolve_model
-from compress.modeling.structure import MatrixView, as_matrix, find_blocks, matrices, require_one_stack
+from compress.modeling.structure import MatrixView, matrices, require_one_stack
 from compress.modeling.weights import keep_names
-from compress.quantization.allocation import uniform
-from compress.quantization.blocks import by_block, mean_error
-from compress.quantization.calibrated import Calibration, Scheme
+from compress.quantization.allocation import (
+    Allocation,
+    Evolve,
+    Rates,
+    Sensitivity,
+    Uniform,
+    allocate,
+    allocation_of,
+    make_groups,
+    specs_of,
+    uniform,
+    uniformly,
+)
+from compress.quantization.allocation.choose import Data, Problem
+from compress.quantization.allocation.course import Subject
+from compress.quantization.allocation.source import BlocksInMemory, Resident
+from compress.quantization.allocation.store import StoreInMemory
+from compress.quantization.blocks import by_block
+from compress.quantization.calibrated import IN_MEMORY, Calibration
 from compress.quantization.data import CalibrationData, calibration_batches
-from compress.quantization.matrix import MatrixReport, quantize_matrix
-from compress.quantization.modules import pack, packed_modules
+from compress.quantization.groups import Scheme
+from compress.quantization.in_memory import calibrated_blocks, nearest_blocks, replace_matrices, swap_of
+from compress.quantization.modules import packed_modules
 from compress.quantization.options import Ldlq, Rounding, rounding_of
 from compress.quantization.ost import learn_basis
+from compress.quantization.replicas import require_same
+from compress.quantization.tables import Chosen, TableBits, choose_tables
 from compress.quantization.target import Change, learned_fold, require_folded, transformed, unchanged, untouched
 from compress.quantization.transforms import Hadamard, Ost, Transform, Untransformed, chosen_transform, parse_transform
 from compress.recipe.method import parse_method
 from compress.transforms.fold import fold_model
 from compress.transforms.incoherence import view_signs
-from compress.transforms.signs import Signs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,7 +63,6 @@ if TYPE_CHECKING:
 DEFAULT_BITS = 3.25
 """The rate of codecs that have several."""
 PASS_DATA = "Pass data=..., such as 'builtin:python/train'."
-Rounded = tuple[MatrixView, QuantizedMatrix, MatrixReport]
 
 
 def quantize(
@@ -61,6 +77,11 @@ def quantize(
     context: int | None = None,
     seed: int = 0,
     towers: bool = False,
+    allocation: str | Allocation = "uniform",
+    first_bits: float | None = None,
+    last_bits: float | None = None,
+    embedding_bits: int | None = None,
+    head_bits: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     events: Events | None = None,
 ) -> nn.Module:
@@ -79,7 +100,15 @@ def quantize(
     untied. "ost", which needs data and on the way the model in float32, learns rotations and scalings instead
     (`compress.quantization.transforms.Ost` has its options).
     Of a model that reads images or sound beside text only the language part is quantized, unless `towers` asks for all.
+    `allocation` says how the bits are spent: "uniform", "sensitivity", by what each group of matrices loses at each
+    rate, which is measured on the data, or "evolve", a search from there (`compress.quantization.allocation.options`).
+    `first_bits` and `last_bits` give the first and the last block rates of their own, within the whole.
+    `embedding_bits` and `head_bits`, 2 to 8, quantize the table in which tokens are looked up, and the head that scores
+    them, to grouped integers of so many bits; without, they stay. `bits` is the rate of the blocks alone.
     `tokenizer` is that of a model given as a module whose own folder is not known; rows of ids need none.
+
+    In a job of several processes (`torch.distributed`) all call this with the same model and data, share the work, and
+    end with the same model (docs/distributed.md). `events` of the first are told.
 
     Of a transformers model the config gets a `quantization_config`, so that `save_pretrained` writes an artifact that
     `from_pretrained` loads.
@@ -88,21 +117,29 @@ def quantize(
     that the codec does not have, `DataError` for data of too few tokens, `NumericsError` for weights that are not
     finite.
     """
-    events = events or Events()
+    events = _of_first(events)
     if not isinstance(model, nn.Module):
         model = _load(model, dtype=None)
     _require_unquantized(model)
+    require_same("weights", model.parameters(), world())
     views = matrices(model, towers)
     rounder = _codec(codec) if isinstance(codec, str) else codec
     asked = parse_transform(transform) if isinstance(transform, str) else transform
     method = _method(rounding, data, asked)
     chosen = chosen_transform(asked, rounder, data is not None)
     change = unchanged(views)
+    of_tables = TableBits(embedding_bits, head_bits)
     if not isinstance(chosen, Untransformed):
         change = transformed(_of_transformers(model, "transformed"), views, chosen, seed, model.get_parameter)
     rate = DEFAULT_BITS if bits is None and len(rounder.widths()) > 1 else bits
-    specs = uniform(views, rounder, rate, change.mixing)
-    ignore = untouched(model, views)
+    rates, groups = Rates(rate, first_bits, last_bits), make_groups(views, rounder, change.mixing)
+    spending = _allocation(allocation, data)
+    widths = allocate(groups, rounder, rates, uniformly(rounder))
+    specs = specs_of(groups, widths, rounder, change.mixing)
+    tables: Chosen = ()
+    if of_tables.asked:
+        tables = choose_tables(_of_transformers(model, "given quantized tables"), of_tables, change.fold.added)
+    ignore = untouched(model, views, tables)
     signs = {view.name: view_signs(view, change.mixing[view.name], seed) for view in views}
     batches: list[Batch] = []
     if data is not None:
@@ -113,15 +150,28 @@ def quantize(
         change = _learned(ours, views, chosen, change, rounder, specs, batches, seed, events)
     if isinstance(model, PreTrainedModel):
         fold_model(model, change.fold)
+    if not isinstance(spending, Uniform) and data is not None:
+        subject = Subject(views, rounder, signs, method if isinstance(method, Ldlq) else None)
+        draws = Data(lambda: batches, *_draws(ours, data, tokenizer, spending, context, seed))
+        blocks_there = Resident(BlocksInMemory(ours), IN_MEMORY)
+        store = StoreInMemory()
+        problem = Problem(blocks_there, subject, groups, rates, spending, draws, store, seed, events)
+        specs = specs_of(groups, problem.solve().widths, rounder, change.mixing)
+    swap = swap_of(model, tables)
     if isinstance(method, Ldlq):
         scheme = Scheme(rounder, specs, {name: one.to(ours.device) for name, one in signs.items()}, method)
-        blocks = _calibrated(ours, by_block(views), Calibration.in_memory(ours, batches, scheme))
+        blocks = calibrated_blocks(ours, by_block(views), Calibration.in_memory(ours, batches, scheme), swap)
     else:
-        blocks = _nearest(model, by_block(views), rounder, specs, signs)
-    stored_bits = _replace(model, blocks, len(by_block(views)), events)
+        if swap is not None:
+            swap()
+        blocks = nearest_blocks(model, by_block(views), rounder, specs, signs)
+    stored_bits = replace_matrices(model, blocks, len(by_block(views)), events)
     if isinstance(model, PreTrainedModel):
         config = QuantizationConfig.from_specs(
-            {view.place: specs[view.name] for view in views}, ignore, stored_bits / sum(view.weights for view in views)
+            {view.place: specs[view.name] for view in views},
+            ignore,
+            stored_bits / sum(view.weights for view in views),
+            tables,
         )
         _register(model, config)
     return model
@@ -153,6 +203,7 @@ def transform(
     if not isinstance(model, nn.Module):
         model = _load(model)
     _require_unquantized(model)
+    require_same("weights", model.parameters(), world())
     views = matrices(model)
     chosen = parse_transform(transform) if isinstance(transform, str) else transform
     if not isinstance(chosen, Hadamard | Ost):
@@ -167,9 +218,14 @@ def transform(
         rounder = _codec(codec) if isinstance(codec, str) else codec
         specs = {} if bits is None else uniform(views, rounder, bits)
         batches = _batches(model, data, tokenizer, rows, context, seed)
-        change = _learned(model, views, chosen, change, rounder, specs, batches, seed, events or Events())
+        change = _learned(model, views, chosen, change, rounder, specs, batches, seed, _of_first(events))
     fold_model(model, change.fold)
     return model
+
+
+def _of_first(events: Events | None) -> Events:
+    """Where to tell of progress: nowhere, but from the first process."""
+    return events if events is not None and world().first else Events()
 
 
 def _register(model: PreTrainedModel, config: QuantizationConfig) -> None:
@@ -196,7 +252,9 @@ def _batches(
             raise UsageError("The model's folder, with its tokenizer, is not known.", remedy="Pass tokenizer=...")
         return tokenizer or load_tokenizer(name)
 
-    return calibration_batches(model, data, read, rows=rows, context=context, seed=seed)
+    batches = calibration_batches(model, data, read, rows=rows, context=context, seed=seed)
+    require_same("calibration data", [tensor for batch in batches for tensor in batch.values()], world())
+    return batches
 
 
 def _load(name: str | Path, dtype: torch.dtype | None = torch.float32) -> PreTrainedModel:
@@ -215,13 +273,42 @@ def _require_unquantized(model: nn.Module) -> None:
 def _of_transformers(model: nn.Module, done: str) -> PreTrainedModel:
     if isinstance(model, PreTrainedModel):
         return model
-    remedies = {"transformed": 'Use transform="none".', "calibrated": "Leave out the data."}
+    remedies = {
+        "transformed": 'Use transform="none".',
+        "calibrated": "Leave out the data.",
+        "given quantized tables": "Leave out embedding_bits and head_bits.",
+    }
     raise UsageError(f"Only transformers models can be {done}.", remedy=remedies[done])
 
 
 def _codec(text: str) -> Codec:
     method = parse_method(text)
     return registry.codec(method.name, **method.options)
+
+
+def _allocation(allocation: str | Allocation, data: CalibrationData | None) -> Allocation:
+    if isinstance(allocation, str):
+        asked = parse_method(allocation)
+        allocation = allocation_of(asked.name, asked.options)
+    if not isinstance(allocation, Uniform) and data is None:
+        raise UsageError(f"The allocation {allocation.name} is measured on data.", remedy=PASS_DATA)
+    return allocation
+
+
+def _draws(
+    model: PreTrainedModel,
+    data: CalibrationData,
+    tokenizer: PreTrainedTokenizerBase | None,
+    allocation: Sensitivity | Evolve,
+    context: int | None,
+    seed: int,
+) -> tuple[Callable[[], list[Batch]], Callable[[], list[Batch]]]:
+    """Batches that a table is measured on, and those of a search; of rows as they are given all."""
+    sample = allocation.sample if isinstance(allocation, Evolve) else allocation.rows
+    return (
+        lambda: _batches(model, data, tokenizer, allocation.rows, context, seed + 1),
+        lambda: _batches(model, data, tokenizer, sample, context, seed + 2),
+    )
 
 
 def _method(rounding: str | Rounding | None, data: CalibrationData | None, transform: Transform) -> Rounding:
@@ -253,62 +340,7 @@ def _learned(
 ) -> Change:
     """What becomes of `start` by learning, on a copy of the model unless it is in float32."""
     wide = model if model.dtype == torch.float32 else copy.deepcopy(model).float()
-    learned = learn_basis(wide, views, transform, codec, specs, batches, seed, events)
-    return replace(start, fold=learned_fold(start.fold, learned.tensors, seed, model.get_parameter))
-
-
-def _nearest(
-    model: nn.Module,
-    blocks: Sequence[list[MatrixView]],
-    codec: Codec,
-    specs: Mapping[str, CodecSpec],
-    signs: Mapping[str, Signs],
-) -> Iterator[Iterator[Rounded]]:
-    """The rounded matrices of each block."""
-
-    def rounded(views: Sequence[MatrixView]) -> Iterator[Rounded]:
-        for view in views:
-            weight = as_matrix(model.get_parameter(view.parameter), view).detach()
-            yield view, *quantize_matrix(view.name, weight, codec, specs[view.name], signs[view.name])
-
-    for views in blocks:
-        yield rounded(views)
-
-
-def _calibrated(
-    model: PreTrainedModel, blocks: Sequence[list[MatrixView]], calibration: Calibration
-) -> Iterator[Iterator[Rounded]]:
-    """The same with calibration. The blocks run as copies in float32, of which one is there at a time."""
-    originals = [block for _, block in find_blocks(model)]
-    inputs = calibration.record_inputs(open_experts(copy.deepcopy(originals[0]).float()))
-    for index, views in enumerate(blocks):
-        block = open_experts(copy.deepcopy(originals[index]).float().requires_grad_(False))
-        yield calibration.round_block(index, block, views, inputs)
-        after = calibration.carry_on(index, block, inputs)
-        inputs.discard()
-        if after is not None:
-            inputs = after
-
-
-def _replace(model: nn.Module, blocks: Iterator[Iterator[Rounded]], total: int, events: Events) -> int:
-    """Replace every matrix by its packed form; the stored bits. The model is whole until a block is done."""
-    bits = 0
-    with events.stage("quantize", total), torch.no_grad():
-        started = time.monotonic()
-        for index, block in enumerate(blocks, 1):
-            reports, rounded = [], []
-            for view, matrix, report in block:
-                rounded.append((view, matrix))
-                bits += matrix.bits
-                reports.append(report)
-            pack(model, rounded)
-            events.emit(
-                "step",
-                stage="quantize",
-                index=index,
-                total=total,
-                name=f"block {index - 1}",
-                seconds_left=seconds_left(started, index, total),
-                relative_error=mean_error(reports),
-            )
-    return bits
+    tensors = world().tensors_of_first(
+        lambda: learn_basis(wide, views, transform, codec, specs, batches, seed, events).tensors, wide.device
+    )
+    return replace(start, fold=learned_fold(start.fold, tensors, seed, model.get_parameter))

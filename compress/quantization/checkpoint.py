@@ -25,7 +25,7 @@ from compress.quantization.rounders import CalibrationOptions
 from compress.quantization.run import check_finite, check_outside
 from compress.quantization.target import Target, entries, open_target, require_folded
 from compress.quantization.transforms import Hadamard, Ost
-from compress.storage import check_free, disk_errors, seal, stage_beside, write_json
+from compress.storage import check_free, disk_errors, seal, stage_beside, staged_path, write_json
 from compress.workspace import Workspace
 
 Stored = Literal["stored", "float32"]
@@ -56,21 +56,26 @@ def transform_checkpoint(
     finished = workspace.published(UNIT, out)
     if finished is not None:
         return finished
-    check_outside(source, out, workspace)
-    check_free(out, workspace.overwrite)
-    if isinstance(transform, Ost):
-        transform = transform.folded(rounded=bool(specs))
+    chosen = transform.folded(rounded=bool(specs)) if isinstance(transform, Ost) else transform
     started = time.monotonic()
-    target = open_target(source, trust_remote_code, transform, seed)
-    require_folded(target.fold, target.weights, str(source))
+
+    def opened() -> Target:
+        check_outside(source, out, workspace)
+        check_free(out, workspace.overwrite)
+        target = open_target(source, trust_remote_code, chosen, seed)
+        require_folded(target.fold, target.weights, str(source))
+        return target
+
+    target = workspace.world.together(opened)
     check_finite(target, workspace)
     record: dict[str, Any] = {"transform": target.transform, "not_folded": list(target.fold.reasons)}
-    if isinstance(transform, Ost):
-        learned = learn_checkpoint(target, transform, codec, specs, calibration, workspace, seed, trust_remote_code)
+    if isinstance(chosen, Ost):
+        learned = learn_checkpoint(target, chosen, codec, specs, calibration, workspace, seed, trust_remote_code)
         target = target.learned(learned.tensors)
         record |= learned.figures
-    staged = stage_beside(out)
-    with disk_errors(out):
+
+    def write() -> int:
+        staged = stage_beside(out)
         staged.mkdir()
         planned = entries(target, {}, dtype)
         write_weights(staged, planned, _tensors(target, dtype), max_shard_bytes)
@@ -78,10 +83,13 @@ def transform_checkpoint(
         changes = {**target.fold.config_changes, **({"dtype": "float32"} if dtype == "float32" else {})}
         write_json(staged / CONFIG, {**read_config(source), **changes})
         seal(staged)
-    model_bytes = sum(path.stat().st_size for path in staged.glob("*.safetensors"))
+        return sum(path.stat().st_size for path in staged.glob("*.safetensors"))
+
+    with disk_errors(out):
+        model_bytes = workspace.world.on_first(write)
     record |= {"model_bytes": model_bytes, "original_bytes": target.original_bytes}
     record["seconds"] = time.monotonic() - started
-    workspace.publish(UNIT, staged, out, record)
+    workspace.publish(UNIT, staged_path(out), out, record)
     return record
 
 

@@ -48,6 +48,8 @@ class _Prepared:
 
 _PREPARED: Final = WeakTensorKeyDictionary()
 """`_Prepared` by payload: a memory of what can be made again, without influence on any result."""
+_TABLES: Final = WeakTensorKeyDictionary()
+"""Likewise the matrix, checked, that rows are taken from, with the count of writes."""
 
 
 def spec_text(spec: CodecSpec) -> str:
@@ -62,6 +64,16 @@ def packed_linear(x: Tensor, payload: Tensor, spec: str, out_features: int) -> T
     """
     y: Tensor = torch.ops.compress.packed_linear(x, payload, spec, out_features)
     return y
+
+
+def packed_rows(rows: Tensor, payload: Tensor, spec: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """rows int64 [...] -> those rows of W [V, d] in `payload`, [..., d] in `dtype`; `spec` by `spec_text`.
+
+    Raises `ArtifactError` when the payload has the wrong length, `IndexError` or `RuntimeError` for a row that is not
+    there.
+    """
+    found: Tensor = torch.ops.compress.packed_rows(rows, payload, spec, *shape, dtype)
+    return found
 
 
 def _matrix(payload: Tensor, spec: str, out_features: int, in_features: int) -> QuantizedMatrix:
@@ -86,6 +98,18 @@ def _gradient(dy: Tensor, payload: Tensor, spec: str, in_features: int) -> Tenso
     return dy @ _matrix(payload, spec, dy.shape[-1], in_features).dequantize(dy.dtype)
 
 
+def _rows(rows: Tensor, payload: Tensor, spec: str, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    version = 0 if payload.is_inference() else payload._version
+    table = _TABLES.get(payload)
+    if table is None or table[0] != version:
+        table = _TABLES[payload] = (version, _matrix(payload, spec, height, width))
+    return codec_of(table[1].spec).rows(table[1], rows.flatten(), dtype).view(*rows.shape, width)
+
+
+def _rows_shape(rows: Tensor, payload: Tensor, spec: str, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    return rows.new_empty((*rows.shape, width), dtype=dtype)
+
+
 def _shape(x: Tensor, payload: Tensor, spec: str, width: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], width)
 
@@ -106,3 +130,10 @@ for _name, _kernel in (("packed_linear", _linear), ("packed_linear_gradient", _g
     torch.library.register_fake(f"compress::{_name}", _shape)
     torch.library.impl(f"compress::{_name}", "default", _kernel)
 torch.library.register_autograd("compress::packed_linear", _backward, setup_context=_setup)
+
+torch.library.define(
+    "compress::packed_rows",
+    "(Tensor rows, Tensor payload, str spec, int height, int width, ScalarType dtype) -> Tensor",
+)
+torch.library.register_fake("compress::packed_rows", _rows_shape)
+torch.library.impl("compress::packed_rows", "default", _rows)

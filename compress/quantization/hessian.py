@@ -10,17 +10,20 @@ sum_t ||W x'_t - V x_t||^2, of which rounding then adds the least (GPTAQ: Li et 
 reaches for the same least squares column by column).
 
 Products of `CHUNK_TOKENS` tokens at a time are taken in float32 and summed up in float64, in the order of the rows: the
-same sums however often they are made, and a relative error of 1e-6 where damping is 1e-2.
+same sums however often they are made, and a relative error of 1e-6 where damping is 1e-2. Sums of parts of the rows are
+added in the order of the parts (`summed`), so that several processes that share them come to the same sums as one.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from compress.distributed import World
 from compress.errors import NumericsError
 
 CHUNK_TOKENS = 1024
@@ -54,6 +57,24 @@ class Moments:
                 _add_products(self.shift, self._finite(original[part]) - chunk, chunk, symmetric=False)
         self.tokens += len(x)
 
+    def merge(self, other: Moments) -> None:
+        """Add the sums of the rows that follow."""
+        self.hessian.add_(other.hessian)
+        if self.shift is not None and other.shift is not None:
+            self.shift.add_(other.shift)
+        self._merge_facts(other.tokens, other._broken)
+
+    def _merge_facts(self, tokens: int, broken: Tensor) -> None:
+        self.tokens += tokens
+        self._broken |= broken
+
+    def _panels(self) -> Iterator[Tensor]:
+        """All that was summed: of H what is not the mirror image of something else."""
+        for start in range(0, len(self.hessian), CHUNK_CHANNELS):
+            yield self.hessian[start : start + CHUNK_CHANNELS, start:]
+        if self.shift is not None:
+            yield self.shift
+
     def _finite(self, chunk: Tensor) -> Tensor:
         if math.isfinite(float(chunk.sum())):
             return chunk
@@ -82,6 +103,52 @@ class Moments:
             if moment is not None:
                 moment.div_(max(self.tokens, 1))
                 moment.masked_fill_(self._broken, 0.0).masked_fill_(self._broken.unsqueeze(1), 0.0)
+
+
+def summed(
+    parts: Iterator[Moments | None], number: int, channels: int, device: torch.device, asymmetric: bool, world: World
+) -> Moments | None:
+    """The moments of all rows, of which `parts` are those of each `number`th that is `world.mine`, in order, None for
+    one without rows; None when no process has any. Adds in the order of the parts, whoever has them, and closes."""
+    total: Moments | None = None
+    if world.size == 1:
+        for part in parts:
+            if part is not None and total is not None:
+                total.merge(part)
+            total = total or part
+    else:
+        facts = torch.zeros(channels, dtype=torch.bool, device=device)
+        tokens = 0
+
+        def flat() -> Iterator[Tensor | None]:
+            nonlocal tokens
+            for part in parts:
+                if part is None:
+                    yield None
+                    continue
+                tokens += part.tokens
+                facts.logical_or_(part._broken)
+                yield torch.cat([panel.reshape(-1) for panel in part._panels()])
+
+        sums = world.summed(flat(), number, device)
+        if sums is not None:
+            total = Moments(channels, device, asymmetric)
+            for start, panel in _placed(total._panels()):
+                panel.copy_(sums[start : start + panel.numel()].view(panel.shape))
+            for broken in world.gather_tensors(facts):
+                total._merge_facts(0, broken)
+            total.tokens = sum(world.gather(tokens))
+    if total is not None:
+        total.close()
+    return total
+
+
+def _placed(panels: Iterator[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """Each panel with where it begins when all are laid behind one another."""
+    start = 0
+    for panel in panels:
+        yield start, panel
+        start += panel.numel()
 
 
 def _add_products(moment: Tensor, left: Tensor, right: Tensor, symmetric: bool) -> None:

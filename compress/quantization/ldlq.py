@@ -83,30 +83,61 @@ def _sorted(columns: Tensor, importance: Tensor, unit: int) -> Tensor:
     return torch.cat([units.flatten(), columns[whole:]])
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """Of each block of columns the metric [b, D, D], its largest eigenvalue 1, and the inverse [b, D, D] of L_bb or of
+    H_bb, by which carried errors move the target."""
+
+    metrics: Tensor
+    inverses: Tensor
+
+    @classmethod
+    def of_first_pass(cls, factor: Factor, order: Order) -> Blocks:
+        """Those of L."""
+        roots = _diagonal_blocks(factor.lower, order.dim)
+        return cls(_unit(roots @ roots.mT), torch.linalg.inv(roots))
+
+    @classmethod
+    def of_sweeps(cls, factor: Factor, order: Order) -> Blocks:
+        """Those of H."""
+        diagonal = _diagonal_blocks(factor.hessian, order.dim)
+        return cls(_unit(diagonal), torch.linalg.inv(diagonal))
+
+
 def round_matrix(
-    weight: Tensor, factor: Factor, order: Order, rounding: Rounding, *, sweeps: int = 0, refit: bool = False
+    weight: Tensor,
+    factor: Factor,
+    order: Order,
+    rounding: Rounding,
+    *,
+    sweeps: int = 0,
+    refit: bool = False,
+    blocks: tuple[Blocks, Blocks | None] | None = None,
 ) -> None:
     """Give `rounding` the codes for W float32 [o, n], whose columns, like those of `factor`, are in `order`.
 
     `sweeps`: how often each block is rounded again. `refit`: after the first pass and each sweep, scales of least
-    error for the codes that there are.
+    error for the codes that there are. `blocks`: those of the first pass and of sweeps (`blocks_of`), for a caller that
+    rounds several matrices with one factor.
     """
-    _first_pass(weight, factor.lower, order, rounding)
-    if sweeps:
-        diagonal = _diagonal_blocks(factor.hessian, order.dim)
-        metrics, inverses = _unit(diagonal), torch.linalg.inv(diagonal)
+    first, later = blocks or blocks_of(factor, order, sweeps)
+    _first_pass(weight, factor.lower, first, order, rounding)
     for _ in range(sweeps):
+        assert later is not None
         if refit:
             refit_scales(weight, factor.hessian, order.places, order.scope, rounding)
-        _sweep(weight, factor.hessian, metrics, inverses, order, rounding)
+        _sweep(weight, factor.hessian, later, order, rounding)
     if refit:
         refit_scales(weight, factor.hessian, order.places, order.scope, rounding)
 
 
-def _first_pass(weight: Tensor, lower: Tensor, order: Order, rounding: Rounding) -> None:
+def blocks_of(factor: Factor, order: Order, sweeps: int) -> tuple[Blocks, Blocks | None]:
+    """What `round_matrix` needs of the blocks of one factor."""
+    return Blocks.of_first_pass(factor, order), Blocks.of_sweeps(factor, order) if sweeps else None
+
+
+def _first_pass(weight: Tensor, lower: Tensor, given: Blocks, order: Order, rounding: Rounding) -> None:
     error = torch.zeros_like(weight)
-    roots = _diagonal_blocks(lower, order.dim)
-    metrics, inverses = _unit(roots @ roots.mT), torch.linalg.inv(roots)
     if order.whole:
         rounding.scale(0, weight[:, order.places])
     for first, last in order.spans():
@@ -116,7 +147,7 @@ def _first_pass(weight: Tensor, lower: Tensor, order: Order, rounding: Rounding)
             _choose_scales(weight[:, span], lower[span, span], carried, order.columns[span], rounding)
         columns = order.blocks(first, last)
         value = rounding.round_span(
-            columns, weight[:, span], carried, inverses[blocks], metrics[blocks], lower[span, span]
+            columns, weight[:, span], carried, given.inverses[blocks], given.metrics[blocks], lower[span, span]
         )
         error[:, span] = weight[:, span] - value
 
@@ -127,10 +158,8 @@ def _choose_scales(weight: Tensor, lower: Tensor, carried: Tensor, columns: Tens
     rounding.scale(int(columns.min()), values[:, torch.argsort(columns)])
 
 
-def _sweep(
-    weight: Tensor, hessian: Tensor, metrics: Tensor, inverses: Tensor, order: Order, rounding: Rounding
-) -> None:
-    """Round every block again; `metrics` and `inverses` [b, D, D] are those of the blocks on H's diagonal."""
+def _sweep(weight: Tensor, hessian: Tensor, given: Blocks, order: Order, rounding: Rounding) -> None:
+    """Round every block again."""
     value = rounding.decoded()[:, order.columns]
     gradient = (weight - value) @ hessian
     for first, last in order.spans():
@@ -140,8 +169,8 @@ def _sweep(
             order.blocks(first, last),
             before,
             gradient[:, span],
-            inverses[blocks],
-            metrics[blocks],
+            given.inverses[blocks],
+            given.metrics[blocks],
             hessian[span, span],
             keep=True,
         )

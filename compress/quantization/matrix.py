@@ -8,9 +8,9 @@ at a time: a copy of the whole matrix in float64 would be twice as large as ever
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -55,6 +55,11 @@ class MatrixReport:
         broken = (self.calibration or {}).get("broken_channels", 0)
         if broken:
             yield f"{broken} of the {self.shape[1]} inputs of '{self.name}' are not finite; they were left out."
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> Self:
+        """The report that `to_dict` made plain."""
+        return cls(**{**row, "shape": tuple(row["shape"])})
 
     def to_dict(self) -> dict[str, Any]:
         plain = {**asdict(self), "shape": list(self.shape)}

@@ -4,7 +4,7 @@ A `PackedLinear` stands where an `nn.Linear` stood (or a `Conv1D`, which is one 
 the same map with the decoded weight, y = x W^T + b; a `PackedConvolution` stands for a convolution, whose matrix is
 [out, in x kernel], and `PackedExperts` for a module of stacked experts. The state of each is what is stored: the
 payload, one flat `int8` tensor called `weight` like the original one, and the bias; of experts one payload a row,
-called like the stacked parameter.
+called like the stacked parameter. (Embeddings and heads are in `compress.quantization.embedding`.)
 
 Where the codec has a product with packed weights, it is prepared at its first use and kept, outside the state: memory
 stays some times that of the payload. Else the weight itself is decoded at its first use and kept: that costs as much as
@@ -27,6 +27,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from compress.codecs.base import CodecSpec, Product, QuantizedMatrix
@@ -35,6 +36,9 @@ from compress.modeling.experts import Experts, Projection, is_experts, projectio
 from compress.modeling.structure import Convolution, MatrixView, module_matrix
 from compress.quantization.compiled import packed_linear, spec_text
 from compress.transforms.signs import Signs
+
+Ties = dict[str, dict[str, str]]
+"""Entries of `_tied_weights_keys` by the part of a transformers model that had them."""
 
 
 class _Remembering(nn.Module):
@@ -58,22 +62,47 @@ class PackedMatrix(_Remembering):
 
     `weight` is the payload (int8, one dimension, `bits / 8` long), `bias` the original parameter or None. W is decoded
     in float32 and then cast to the activations' dtype; it receives no gradient, the activations do.
+
+    Given another packed matrix instead of a payload, it shares that one's and has no `weight`. `ties` is what the model
+    said of such modules before.
     """
 
     weight: Tensor
     bias: nn.Parameter | None
 
-    def __init__(self, spec: CodecSpec, shape: tuple[int, int], payload: Tensor) -> None:
+    def __init__(self, spec: CodecSpec, shape: tuple[int, int], payload: Tensor | PackedMatrix) -> None:
         super().__init__()
         self.spec, self._shape = spec, shape
-        self.register_buffer("weight", payload)
+        # in a tuple, so that it is no child
+        self._holder: tuple[PackedMatrix, ...] = ()
+        if isinstance(payload, PackedMatrix):
+            self._holder = (payload,)
+        else:
+            self.register_buffer("weight", payload)
         self.register_parameter("bias", None)
+        self.ties: Ties = {}
         self._signs: Signs | None = None
         self._decoded: Tensor | None = None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # transformers ties weights by assigning the one to the other; here they are tied already
+        if name == "weight" and self._holder and value is self.payload:
+            return
+        super().__setattr__(name, value)
+
+    @property
+    def holder(self) -> PackedMatrix:
+        """The module whose payload this one has, mostly itself."""
+        return self._holder[0] if self._holder else self
+
+    @property
+    def payload(self) -> Tensor:
+        """int8 [bits / 8]."""
+        return self.holder.weight
+
     def quantized(self) -> QuantizedMatrix:
         """The matrix as codes, for exporters. Raises `ArtifactError` when the payload has the wrong length."""
-        return QuantizedMatrix.from_payload(self.spec, self._shape, self.weight)
+        return QuantizedMatrix.from_payload(self.spec, self._shape, self.payload)
 
     def signs(self) -> Signs:
         """Of the sides that are mixed, read from the payload."""
@@ -83,6 +112,8 @@ class PackedMatrix(_Remembering):
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """W [out, in] in the original basis in `dtype`, on the payload's device."""
+        if self._holder:
+            return self.holder.decoded(dtype)
         if self._decoded is None or self._decoded.dtype != dtype:
             with torch.inference_mode(False), torch.no_grad():
                 self._decoded = self.quantized().dequantize().to(dtype)
@@ -110,7 +141,12 @@ class PackedLinear(PackedMatrix):
     """
 
     def __init__(
-        self, spec: CodecSpec, out_features: int, in_features: int, payload: Tensor, transposed: bool = False
+        self,
+        spec: CodecSpec,
+        out_features: int,
+        in_features: int,
+        payload: Tensor | PackedMatrix,
+        transposed: bool = False,
     ) -> None:
         super().__init__(spec, (out_features, in_features), payload)
         self.out_features, self.in_features, self.transposed = out_features, in_features, transposed
@@ -122,17 +158,19 @@ class PackedLinear(PackedMatrix):
     @classmethod
     def from_matrix(cls, linear: nn.Module, matrix: QuantizedMatrix) -> Self:
         """In place of the `nn.Linear` or `Conv1D`, with the weight `matrix`, on the same device."""
-        return cls._like(linear, matrix.spec, matrix.payload())
+        return cls.like(linear, matrix.spec, matrix.payload())
 
     @classmethod
     def empty_like(cls, linear: nn.Module, spec: CodecSpec) -> Self:
         """In place of the `nn.Linear` or `Conv1D`, with a payload of the right length that is still to be filled."""
-        return cls._like(linear, spec, _empty(spec, _shape_of(linear)))
+        return cls.like(linear, spec, _empty(spec, _shape_of(linear)))
 
     @classmethod
-    def _like(cls, linear: nn.Module, spec: CodecSpec, payload: Tensor) -> Self:
-        device = linear.get_parameter("weight").device
-        module = cls(spec, *_shape_of(linear), payload.to(device), isinstance(linear, Conv1D))
+    def like(cls, linear: nn.Module, spec: CodecSpec, payload: Tensor | PackedMatrix) -> Self:
+        """In place of the `nn.Linear` or `Conv1D`, with this payload, or that of another module."""
+        if isinstance(payload, Tensor):
+            payload = payload.to(linear.get_parameter("weight").device)
+        module = cls(spec, *_shape_of(linear), payload, isinstance(linear, Conv1D))
         module.bias = linear.bias  # type: ignore[assignment]
         return module
 
@@ -153,7 +191,7 @@ class PackedLinear(PackedMatrix):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() and not self.roundings:
-            y = packed_linear(x, self.weight, self._spec_text, self.out_features)
+            y = packed_linear(x, self.payload, self._spec_text, self.out_features)
             return y if self.bias is None else y + self.bias
         multiply = self.product()
         if multiply is None and not self.roundings:
@@ -273,7 +311,7 @@ class PackedExperts(_Remembering, Experts):
         self._packed = {}
 
 
-Packed = PackedLinear | PackedConvolution | PackedExperts
+Packed = PackedMatrix | PackedExperts
 
 
 def packed_modules(model: nn.Module) -> dict[str, Packed]:
@@ -326,9 +364,22 @@ def pack(model: nn.Module, rounded: Sequence[tuple[MatrixView, QuantizedMatrix]]
 
 def unpack(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Replace, in place, every packed module by an ordinary one in `dtype`; the inverse of quantization but for the
-    rounding. Returns the model."""
-    for name, module in packed_modules(model).items():
+    rounding. What shared a payload shares a weight. Returns the model."""
+    packed = packed_modules(model)
+    names = {module: name for name, module in packed.items()}
+    shared = {name: names[module.holder] for name, module in packed.items() if isinstance(module, PackedMatrix)}
+    for name, module in packed.items():
         model.set_submodule(name, module.to_module(dtype))
+    for name, holder in shared.items():
+        if name != holder:
+            model.get_submodule(name).register_parameter("weight", model.get_submodule(holder).get_parameter("weight"))
+    ties = [module.ties for module in packed.values() if isinstance(module, PackedMatrix) and module.ties]
+    for prefix, declared in (entry for each in ties for entry in each.items()):
+        part = model.get_submodule(prefix)
+        assert isinstance(part, PreTrainedModel)
+        part._tied_weights_keys = {**(part._tied_weights_keys or {}), **declared}  # type: ignore[dict-item]
+    if ties and isinstance(model, PreTrainedModel):
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     return model
 
 

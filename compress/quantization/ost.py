@@ -121,13 +121,29 @@ def learn_checkpoint(
     trust_remote_code: bool = False,
 ) -> Learned:
     """The same for the checkpoint of `target`, on the device and rows of `calibration`. A unit of `workspace` holds
-    what was learned, so that it is learned once, another the state of a learning that was stopped. Raises `UsageError`
-    without data, and what `learn_basis` does."""
+    what was learned, so that it is learned once, another the state of a learning that was stopped. Of several processes
+    the first learns. Raises `UsageError` without data, and what `learn_basis` does."""
+    figures = workspace.done(UNIT)
+    if figures is None:
+        figures = workspace.on_first(
+            lambda: _learn_alone(target, options, codec, specs, calibration, workspace, seed, trust_remote_code)
+        )
+    return Learned(dict(stream_tensors(_file(workspace, UNIT), WorkspaceError)), figures)
+
+
+def _learn_alone(
+    target: Target,
+    options: Ost,
+    codec: Codec,
+    specs: Mapping[str, CodecSpec],
+    calibration: CalibrationOptions | None,
+    workspace: Workspace,
+    seed: int,
+    trust_remote_code: bool,
+) -> dict[str, Any]:
+    """Learn the basis, keep it in `workspace`, and return its figures."""
     if calibration is None:
         raise UsageError("A transform is learned from data.", remedy="Name some with --data.")
-    done = workspace.done(UNIT)
-    if done is not None:
-        return Learned(dict(stream_tensors(_file(workspace, UNIT), WorkspaceError)), done)
     model = load_model(target.source, device=calibration.device, trust_remote_code=trust_remote_code)
     batches = calibration_batches(
         model,
@@ -157,7 +173,7 @@ def learn_checkpoint(
     workspace.drop(STATE)
     for step in (0, SAVE_EVERY):
         _state_file(workspace, step).unlink(missing_ok=True)
-    return learned
+    return learned.figures
 
 
 def rows_of(batches: Sequence[Batch], rows: int) -> list[Batch]:

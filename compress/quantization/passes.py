@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.modeling.stack import Call
-from compress.quantization.activations import Activations
+from compress.quantization.activations import States
 from compress.quantization.inputs import inputs_of, routing_of
 
 
@@ -48,13 +48,13 @@ class Passes:
         self,
         block: nn.Module,
         names: Sequence[str],
-        hidden: Activations,
+        hidden: States,
         calls: Sequence[Call],
         device: torch.device,
         budget: int,
         *,
         tails: Mapping[str, tuple[str, int]] | None = None,
-        outputs: Activations | None = None,
+        outputs: States | None = None,
     ) -> None:
         self._block, self._names, self._hidden, self._calls = block, list(names), hidden, calls
         self._device, self._left, self._outputs = device, budget, outputs
@@ -62,7 +62,7 @@ class Passes:
         self._routed: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         self._changes = tails is not None
         self._tails = tails or {}
-        if self._tails and not self._replays_well():
+        if self._tails and self._calls and not self._replays_well():
             self._tails = {}
 
     def input(self, name: str, batch: int) -> Tensor | None:

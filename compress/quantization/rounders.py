@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from compress.codecs.base import Codec, CodecSpec, QuantizedMatrix
 from compress.data.pixels import load_image_processor
+from compress.distributed import World
 from compress.modeling.experts import open_experts
 from compress.modeling.loading import (
     empty_parameters,
@@ -22,10 +23,13 @@ from compress.modeling.loading import (
     tensor_names,
 )
 from compress.modeling.structure import MatrixView, as_matrix, find_blocks
-from compress.quantization.calibrated import BlockInputs, Calibration, Scheme
+from compress.quantization.calibrated import BlockInputs, Calibration
 from compress.quantization.data import CalibrationData, calibration_batches, sample_text
+from compress.quantization.groups import Scheme
 from compress.quantization.matrix import MatrixReport, quantize_matrix
 from compress.quantization.options import Ldlq, Rounding
+from compress.quantization.pieces import share_matrices
+from compress.quantization.table_stage import decoded_tables
 from compress.quantization.target import Target
 
 if TYPE_CHECKING:
@@ -72,12 +76,12 @@ def _first_undone(done: Sequence[bool]) -> int:
 
 
 class NearestRounder:
-    """Each matrix by itself to the nearest."""
+    """Each matrix by itself to the nearest; processes share those of a block."""
 
     text = "nearest"
 
-    def __init__(self, target: Target, codec: Codec, specs: Mapping[str, CodecSpec]) -> None:
-        self._target, self._codec, self._specs = target, codec, specs
+    def __init__(self, target: Target, codec: Codec, specs: Mapping[str, CodecSpec], world: World) -> None:
+        self._target, self._codec, self._specs, self._world = target, codec, specs, world
         self._stack = ("", torch.empty(0))
 
     def first(self, done: Sequence[bool]) -> int:
@@ -86,10 +90,12 @@ class NearestRounder:
     def round_block(
         self, index: int, views: Sequence[MatrixView]
     ) -> Iterator[tuple[MatrixView, QuantizedMatrix, MatrixReport]]:
-        for view in views:
+        def rounded(view: MatrixView) -> tuple[QuantizedMatrix, MatrixReport]:
             weight = as_matrix(self._read(view), view).to(torch.float32)
             signs = self._target.signs(view)
-            yield view, *quantize_matrix(view.name, weight, self._codec, self._specs[view.name], signs)
+            return quantize_matrix(view.name, weight, self._codec, self._specs[view.name], signs)
+
+        return share_matrices(views, self._specs, rounded, self._world, torch.device("cpu"))
 
     def _read(self, view: MatrixView) -> Tensor:
         """The parameter of `view`; that of stacked experts is read once and kept, in the form in which it is stored."""
@@ -173,14 +179,14 @@ class CalibratedRounder:
             self._inputs = self._calibration.reopen(index, stored["shapes"])
         elif finished:
             self._workspace.events.emit("note", text="The hidden states of the last run are gone: begun anew.")
-        self._remove_files(keep=self._inputs.files)
+        self._remove_files(keep=self._calibration.files(index))
         return index
 
     def round_block(
         self, index: int, views: Sequence[MatrixView]
     ) -> Iterator[tuple[MatrixView, QuantizedMatrix, MatrixReport]]:
         assert self._inputs is not None
-        self._block = self._load(index)
+        self._block = self._workspace.world.together(lambda: self._load(index))
         yield from self._calibration.round_block(index, self._block, views, self._inputs)
 
     def carry_on(self, index: int) -> Committed:
@@ -192,7 +198,8 @@ class CalibratedRounder:
         self._block = None
         if self._inputs is None:
             return {}
-        return {INPUTS: (self._inputs.files, {"block": index + 1, "shapes": self._inputs.rounded.shapes})}
+        shapes = self._calibration.all_shapes(self._inputs)
+        return {INPUTS: (self._inputs.files, {"block": index + 1, "shapes": shapes})}
 
     def committed(self, index: int) -> None:
         if self._before is not None:
@@ -204,17 +211,31 @@ class CalibratedRounder:
 
     def _remove_files(self, keep: Sequence[Path] = ()) -> None:
         """Remove hidden states but those to `keep`: a run that was killed may leave some that no unit names."""
-        for path in set(self._file(0, "").parent.iterdir()).difference(keep):
-            path.unlink()
+
+        def remove() -> None:
+            for path in set(self._workspace.path("inputs", "any").parent.iterdir()).difference(keep):
+                path.unlink()
+
+        self._workspace.world.on_first(remove)
 
     def _record(self) -> None:
         """What the blocks are called with, and the inputs of the first one."""
         inside = {name for index in range(len(self._blocks)) for name in self._names(index)}
         body = self._model.base_model_prefix if self._model.base_model is not self._model else ""
         before = [name for name in tensor_names(self._model, body) if name not in inside]
-        fill_parameters(self._model, before, self._read)
-        self._inputs = self._calibration.record_inputs(self._load(0))
+        first = self._workspace.world.together(lambda: self._load_first(before))
+
+        def swap() -> None:
+            for table, weight in decoded_tables(self._target, self._workspace):
+                names = [name for name in table.parameters if name in before]
+                fill_parameters(self._model, names, lambda _, weight=weight: weight.to(self._device))  # type: ignore[misc]
+
+        self._inputs = self._calibration.record_inputs(first, swap if self._target.tables else None)
         empty_parameters(self._model, [*before, *self._names(0)])
+
+    def _load_first(self, before: Sequence[str]) -> nn.Module:
+        fill_parameters(self._model, before, self._read)
+        return self._load(0)
 
     def _load(self, index: int) -> nn.Module:
         """Block `index` with its weights in float32, each expert a map of its own."""
@@ -227,5 +248,5 @@ class CalibratedRounder:
     def _read(self, name: str) -> Tensor:
         return self._target.read(name, torch.float32).to(self._device)
 
-    def _file(self, index: int, stream: str) -> Path:
-        return self._workspace.path("inputs", f"{index:05d}.{stream}")
+    def _file(self, index: int, stream: str, chunk: int) -> Path:
+        return self._workspace.path("inputs", f"{index:05d}.{stream}.{chunk:02d}")

@@ -6,7 +6,8 @@
 In memory are, without calibration, one matrix with its codes and what they decode to, and one block's payloads; with
 calibration what `compress.quantization.calibrated` says; of the tensors that are copied, one. A block that was
 committed is not done again: killed at any moment, the next run with the same work folder continues and ends with the
-same bytes.
+same bytes. Several processes (`compress.distributed`) share the matrices of a block, and the calibration data; all have
+all results, and the first one writes.
 """
 
 from __future__ import annotations
@@ -29,15 +30,18 @@ from compress.modeling.io import stream_tensors
 from compress.modeling.structure import MatrixView
 from compress.modeling.writer import MAX_SHARD_BYTES, write_tensors
 from compress.ops import backend
+from compress.quantization.allocation.checkpoint import Spending
 from compress.quantization.blocks import by_block, mean_error, stacked
 from compress.quantization.calibrated import UNSEEN
 from compress.quantization.matrix import MatrixReport, require_finite
 from compress.quantization.options import Ldlq
 from compress.quantization.ost import learn_checkpoint
 from compress.quantization.rounders import CalibratedRounder, CalibrationOptions, NearestRounder, Rounder
+from compress.quantization.table_stage import round_tables, table_files
+from compress.quantization.tables import NO_TABLES, TableBits
 from compress.quantization.target import NOTHING, Target, entries, open_target, predict
 from compress.quantization.transforms import Ost, Transform
-from compress.storage import check_free, disk_errors, stage_beside
+from compress.storage import check_free, disk_errors, stage_beside, staged_path
 from compress.workspace import Workspace
 
 STAGE = "quantize"
@@ -55,15 +59,18 @@ def quantize_checkpoint(
     transform: Transform = NOTHING,
     seed: int = 0,
     towers: bool = False,
+    tables: TableBits = NO_TABLES,
+    spending: Spending | None = None,
     bits_target: float | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Quantize the model in `source` into the artifact `out` and return its report, which is also `out/report.json`.
 
-    `specs` gives each matrix of the target set what it is stored as. Without `calibration` each is rounded to the
-    nearest, and no transform can be learned. `towers` are quantized too if asked for. Units of `workspace` named
-    `quantize/...` are used.
+    `specs` gives each matrix of the target set what it is stored as; with `spending` that is chosen by what the model
+    loses, and `specs` are those that a transform is learned for. Without `calibration` each is rounded to the
+    nearest, and no transform can be learned. `towers` are quantized too if asked for, `tables` to the bits that they
+    are given. Units of `workspace` named `quantize/...` are used.
     Raises `ModelError`, `NumericsError` or `CodecError` for what cannot be quantized, `UsageError` when `out` is
     taken or, like the work folder, inside `source`, `WorkspaceError` on a full disk; `out` then does not exist.
     """
@@ -71,10 +78,16 @@ def quantize_checkpoint(
     if finished is not None:
         report: dict[str, Any] = finished["report"]
         return report
-    check_outside(source, out, workspace)
-    check_free(out, workspace.overwrite)
-    target = open_target(source, trust_remote_code, transform, seed, towers)
-    _check_specs(target, specs)
+    world = workspace.world
+
+    def opened() -> Target:
+        check_outside(source, out, workspace)
+        check_free(out, workspace.overwrite)
+        target = open_target(source, trust_remote_code, transform, seed, towers, tables)
+        _check_specs(target, specs)
+        return target
+
+    target = world.together(opened)
     check_finite(target, workspace)
     blocks = by_block(target.views)
     how: dict[str, Any] = {"transform": target.transform}
@@ -84,24 +97,41 @@ def quantize_checkpoint(
         how["learning"] = learned.figures
     for name, like in target.fold.added.items():
         workspace.events.emit("note", text=f"'{like}' no longer stands for '{name}', which is a tensor of its own.")
-    rounder: Rounder = NearestRounder(target, codec, specs)
+    if spending is not None:
+        specs, how["allocation"] = spending.specs(target, workspace)
+    of_tables = round_tables(target, workspace)
+    rounder: Rounder = NearestRounder(target, codec, specs, world)
     if calibration is not None and isinstance(calibration.options, Ldlq):
-        rounder = CalibratedRounder(target, codec, specs, calibration, workspace, trust_remote_code)
+        options = calibration
+        rounder = world.together(lambda: CalibratedRounder(target, codec, specs, options, workspace, trust_remote_code))
     with events.stage(STAGE, len(blocks)):
         records = _quantize_blocks(blocks, rounder, workspace, events)
-    report = {**_report(target, specs, records, bits_target, max_shard_bytes), "rounding": rounder.text, **how}
-    staged = stage_beside(out)
+    files = [_unit_file(workspace, index) for index in range(len(blocks))]
+    if spending is not None:
+        how["allocation"]["measured"] = spending.measured(target, specs, files, how["allocation"], workspace)
+    report = {
+        **_report(target, specs, [*records, of_tables], bits_target, max_shard_bytes),
+        "rounding": rounder.text,
+        **how,
+        **({"processes": world.size} if world.size > 1 else {}),
+    }
     started = time.monotonic()
-    with disk_errors(out):
+
+    def assemble() -> dict[str, Any]:
+        staged = stage_beside(out)
         staged.mkdir()
-        tensors = _assemble(target, [_unit_file(workspace, index) for index in range(len(blocks))])
+        tensors = _assemble(target, [*table_files(target, workspace), *files])
         write_weights(staged, entries(target, specs), tensors, max_shard_bytes)
         stored = {view.place: specs[view.name] for view in target.views}
-        config = QuantizationConfig.from_specs(stored, target.ignore, report["bits_per_weight"])
+        config = QuantizationConfig.from_specs(stored, target.ignore, report["bits_per_weight"], target.tables)
         report["seconds"] = sum(record["seconds"] for record in records) + time.monotonic() - started
         report["peak_rss_bytes"] = max(peak_rss_bytes(), *(record["peak_rss_bytes"] for record in records))
         write_artifact(staged, source, config, report, target.fold.config_changes)
-    workspace.publish(f"{STAGE}/artifact", staged, out, {"report": report})
+        return report
+
+    with disk_errors(out):
+        report = world.on_first(assemble)
+    workspace.publish(f"{STAGE}/artifact", staged_path(out), out, {"report": report})
     return report
 
 
@@ -130,7 +160,7 @@ def _quantize_blocks(
             total=len(blocks),
             name=f"block {index}",
             seconds_left=seconds_left(started, index + 1 - first, len(blocks) - first),
-            relative_error=mean_error([_matrix_report(row) for row in record["matrices"]]),
+            relative_error=mean_error([MatrixReport.from_dict(row) for row in record["matrices"]]),
         )
     rounder.close()
     return records
@@ -151,9 +181,10 @@ def _quantize_one(index: int, views: Sequence[MatrixView], rounder: Rounder, wor
         text = f"{len(unseen)} matrices of experts got no token and were calibrated with all of their layer's, such as"
         workspace.events.emit("warning", text=f"{text} '{unseen[0]}'. report.json lists them.")
     with disk_errors(path):
-        write_tensors(path, stacked(rounded))
+        workspace.world.on_first(lambda: write_tensors(path, stacked(rounded)))
     carried = rounder.carry_on(index)
-    record = {"matrices": reports, "seconds": time.monotonic() - started, "peak_rss_bytes": peak_rss_bytes()}
+    peak = max(workspace.world.gather(peak_rss_bytes()))
+    record = {"matrices": reports, "seconds": time.monotonic() - started, "peak_rss_bytes": peak}
     workspace.commit_all({_unit(index): ([path], record), **carried})
     rounder.committed(index)
     return record
@@ -162,6 +193,7 @@ def _quantize_one(index: int, views: Sequence[MatrixView], rounder: Rounder, wor
 def _assemble(target: Target, unit_files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
     """All tensors of the artifact, one at a time: first those that are not packed, then each block's payloads."""
     packed = {view.parameter for view in target.views}
+    packed |= {name for table, _ in target.tables for name in table.parameters}
     for name in (*target.weights, *target.fold.added):
         if name not in packed:
             yield name, target.read(name)
@@ -187,6 +219,7 @@ def _report(
         "backend": backend(),
         "unseen_experts": [row["name"] for record in records for row in record["matrices"] if row["status"] == UNSEEN],
         "matrices": [row for record in records for row in record["matrices"]],
+        **({"tables": [table.view.name for table, _ in target.tables]} if target.tables else {}),
     }
 
 
@@ -194,9 +227,13 @@ def check_finite(target: Target, workspace: Workspace) -> None:
     """Read every parameter once before the work begins: a NaN should not be found after hours of it."""
     unit = f"{STAGE}/checked"
     if workspace.done(unit) is None:
-        for name in target.weights:
-            if name in target.known:
-                require_finite(target.weights.sources(name)[0], target.weights.read(name))
+        names = [name for name in target.weights if name in target.known]
+
+        def check() -> None:
+            for index in workspace.world.mine(len(names)):
+                require_finite(target.weights.sources(names[index])[0], target.weights.read(names[index]))
+
+        workspace.world.together(check)
         workspace.commit(unit, [], {})
 
 
@@ -224,7 +261,3 @@ def _unit(index: int) -> str:
 
 def _unit_file(workspace: Workspace, index: int) -> Path:
     return workspace.path("blocks", f"{index:05d}.safetensors")
-
-
-def _matrix_report(row: Mapping[str, Any]) -> MatrixReport:
-    return MatrixReport(**{**row, "shape": tuple(row["shape"])})

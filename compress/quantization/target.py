@@ -26,8 +26,10 @@ from compress.modeling.loading import load_config, parameter_count, require_unqu
 from compress.modeling.scalings import Scalings
 from compress.modeling.sites import Sites
 from compress.modeling.structure import Convolution, MatrixView, matrices, require_linear
+from compress.modeling.tables import Table
 from compress.modeling.weights import StoredWeights
 from compress.modeling.writer import MAX_SHARD_BYTES
+from compress.quantization.tables import NO_TABLES, Chosen, TableBits, choose_tables, require_same
 from compress.quantization.transforms import Auto, Hadamard, Ost, Transform, Untransformed
 from compress.transforms.basis import Basis, hadamard_basis
 from compress.transforms.fold import Fold, Read, make_fold
@@ -46,7 +48,8 @@ class Target:
     and linear maps outside of the target set; `parameters` counts tied ones once.
 
     `fold` is what a transform makes of the parameters before they are rounded, `mixing` which sides of each matrix, by
-    its name, are mixed at run time, with signs from `seed`; `transform` is what was chosen, as text.
+    its name, are mixed at run time, with signs from `seed`; `transform` is what was chosen, as text. `tables` are the
+    embedding and the head where they will be packed.
     """
 
     source: Path
@@ -59,6 +62,7 @@ class Target:
     mixing: Mapping[str, str]
     seed: int
     transform: str
+    tables: Chosen = ()
 
     def read(self, parameter: str, dtype: torch.dtype | None = None) -> Tensor:
         """`parameter` after the transform, in `dtype` (None: the stored one)."""
@@ -72,6 +76,19 @@ class Target:
     def learned(self, tensors: Mapping[str, Tensor]) -> Target:
         """The same, changed by what `Ost` learned."""
         return replace(self, fold=learned_fold(self.fold, tensors, self.seed, self.weights.read))
+
+    def read_table(self, table: Table) -> Tensor:
+        """The matrix [V, d] of a table after the transform, in the stored dtype. Raises `ModelError` when it is stored
+        under several names with different values."""
+        names = self.names(table)
+        tensor = self.read(names[0])
+        if len(names) > 1:
+            require_same(table, [tensor, *(self.read(name) for name in names[1:])], str(self.source))
+        return tensor
+
+    def names(self, table: Table) -> list[str]:
+        """Those under which a table is stored in the checkpoint, or after the transform."""
+        return [name for name in table.parameters if name in self.weights or name in self.fold.added]
 
     @property
     def original_bytes(self) -> int:
@@ -94,9 +111,10 @@ def open_target(
     transform: Transform = NOTHING,
     seed: int = 0,
     towers: bool = False,
+    tables: TableBits = NO_TABLES,
 ) -> Target:
     """Read config and headers of the model in `source`, which `transform` is to change with signs from `seed`. Its
-    `towers` are in the target set if asked for.
+    `towers` are in the target set if asked for, and its `tables` are packed beside it.
 
     Raises `ModelError` for a model that is damaged, already quantized, of unknown structure, or whose checkpoint lacks
     a matrix of the target set or has it in another shape.
@@ -110,17 +128,19 @@ def open_target(
     check_complete(model, weights)
     check_tensors(model, weights)
     change = transformed(model, views, transform, seed, weights.read)
+    chosen = choose_tables(model, tables, change.fold.added)
     return Target(
         source=source,
         weights=weights,
         views=tuple(views),
         known=frozenset(model.state_dict()),
-        ignore=untouched(model, views),
+        ignore=untouched(model, views, chosen),
         parameters=parameter_count(model),
         fold=change.fold,
         mixing=change.mixing,
         seed=seed,
         transform=change.text,
+        tables=chosen,
     )
 
 
@@ -201,9 +221,9 @@ def require_places(model: PreTrainedModel, sites: Sites, transform: Ost) -> Scal
     return scalings
 
 
-def untouched(model: nn.Module, views: Sequence[MatrixView]) -> tuple[str, ...]:
-    """Names of the embeddings and linear maps of `model` that are not among `views`."""
-    packed = {view.place for view in views}
+def untouched(model: nn.Module, views: Sequence[MatrixView], tables: Chosen = ()) -> tuple[str, ...]:
+    """Names of the embeddings and linear maps of `model` that are not among `views`, nor among `tables`."""
+    packed = {view.place for view in views} | {name for table, _ in tables for name in table.modules}
     left = [view.place for view in matrices(model, towers=True)]
     left += [name for name, module in model.named_modules() if isinstance(module, MAPS)]
     return tuple(name for name in dict.fromkeys(left) if name not in packed)
@@ -220,9 +240,14 @@ def entries(
             length = _bits(specs[view.name], view) // 8
             packed[view.parameter] = (length,) if view.index is None else (view.index + 1, length)
     planned = []
+    tables = {name: (table, spec) for table, spec in target.tables for name in target.names(table)}
     for name, like in (*((name, name) for name in target.weights), *target.fold.added.items()):
         info = target.weights.entry(like)
-        if name in packed:
+        if name in tables:
+            table, spec = tables[name]
+            if name == target.names(table)[0]:
+                planned.append(Entry(table.view.parameter, "I8", (_bits(spec, table.view) // 8,)))
+        elif name in packed:
             planned.append(Entry(name, "I8", packed[name]))
         else:
             wide = dtype == "float32" and DTYPES[info.dtype].is_floating_point

@@ -58,7 +58,7 @@ class DistillRecipe(Part):
     data: DataList = Field(description="sources of text, one after the other")
     losses: list[Method] = Field(min_length=1, description="NAME[:key=value,...]; weight=W weighs a loss in the sum")
     steps: Count = Field(1000, description="optimizer steps")
-    batch_size: Count = Field(16, description="sequences per forward pass")
+    batch_size: Count = Field(16, description="sequences per forward pass, of all processes together")
     gradient_accumulation: Count = Field(1, description="forward passes per optimizer step")
     context: int = Field(256, ge=2, description="tokens per sequence")
     learning_rate: float = Field(1e-3, gt=0, description="peak of the schedule")
@@ -69,6 +69,9 @@ class DistillRecipe(Part):
     optimizer: Literal["adamw", "muon"] = "adamw"
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the forward pass; weights are float32")
     compile: bool = Field(False, description="compile the student with torch.compile")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp", description="how models lie on several processes: whole on each, or sharded; one process heeds it not"
+    )
     fused: bool = Field(False, description="compute the losses from hidden states, without ever holding the logits")
     save_every: Count = Field(100, description="steps between checkpoints")
     log_every: Count = Field(10, description="steps between log lines")
@@ -118,6 +121,10 @@ class QuantizeRecipe(CalibratedPart):
         le=32,
         description="bits per weight over the target set, everything stored counted; without it the codec's only rate",
     )
+    embedding_bits: int | None = Field(
+        None, ge=2, le=8, description="bits of a weight of the embedding, in groups of integers; without it, it stays"
+    )
+    head_bits: int | None = Field(None, ge=2, le=8, description="likewise of the head that scores tokens")
     codec: Method = Field(
         Method(name="half_pyramid"), description="how a matrix becomes bits; pyramid where the result is exported"
     )
@@ -133,6 +140,19 @@ class QuantizeRecipe(CalibratedPart):
     towers: bool = Field(
         False, description="quantize what reads images or sound beside a language model too (without data)"
     )
+    allocation: Method = Field(
+        Method(name="uniform"),
+        description="how the bits are spent: uniform; sensitivity[:rows=N], by what each group of matrices loses at "
+        "each rate, which is measured on the data; or evolve[:key=value,...], a search from there",
+    )
+    first_bits: float | None = Field(
+        None, gt=0, le=32, description="bits per weight of the first block; the other blocks get what is left of `bits`"
+    )
+    last_bits: float | None = Field(None, gt=0, le=32, description="likewise of the last block")
+    table: Text | None = Field(
+        None,
+        description="folder of what the allocation measured, to be used again; without it, `table` in the work folder",
+    )
     memory: Text = Field("2GB", description="hidden states that are kept in memory; more than that goes to disk")
 
     @field_validator("memory")
@@ -140,6 +160,14 @@ class QuantizeRecipe(CalibratedPart):
     def _memory(cls, text: str) -> str:
         parse_bytes(text)
         return text
+
+    @model_validator(mode="after")
+    def _allocation_has_data(self) -> QuantizeRecipe:
+        if self.allocation.name != "uniform" and self.data is None:
+            raise ValueError(f"the allocation {self.allocation.name} needs data (--data)")
+        if self.allocation.name == "uniform" and self.table is not None:
+            raise ValueError("a table needs the allocation sensitivity or evolve")
+        return self
 
     @model_validator(mode="after")
     def _rounding_has_data(self) -> QuantizeRecipe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from compress.codecs import codec
 from compress.errors import ArtifactError, ModelError
 from tests.bad_input.damage import (
     WEIGHTS,
@@ -32,6 +33,7 @@ LOAD = ">>> AutoModelForCausalLM.from_pretrained('broken')"
 UP = "model.layers.0.mlp.up_proj"
 CONFIG = "'broken/config.json'"
 SEAL = "compress.json"
+TABLE = codec("integer").spec(8).to_dict()
 
 
 def broken(
@@ -192,6 +194,21 @@ CONFIGS = (
     config("no default", "lacks default", default=...),
     config("modules of a list", "damaged", modules=[]),
     config("a module that is none", f"'{UP}'", "is no table", modules={UP: 3}),
+    config("tables of a list", "'tables' is no table", tables=[]),
+    config("a table that is none", "'lm_head' is no table", tables={"lm_head": 8}),
+    config("a table that is mixed", "'lm_head' is mixed", tables={"lm_head": TABLE | {"mixing": "input"}}),
+    broken(
+        "a table that the model lacks",
+        fields("config.json", "quantization_config", tables={"model.norm": TABLE}),
+        parts=("'model.norm' as a table", "the model lacks"),
+        does=OPEN,
+    ),
+    broken(
+        "a table that is not packed",
+        fields("config.json", "quantization_config", tables={"model.embed_tokens": TABLE}),
+        parts=("'broken'", "model.embed_tokens", "of int8"),
+        does=OPEN,
+    ),
     config("ignore of a word", "damaged", ignore="lm_head"),
     config("ignore of numbers", "'ignore' is no list of names", ignore=[3]),
     config("producer of null", "damaged", producer=None),

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from compress.errors import DataError, ModelError, NumericsError, RecipeError, UsageError, WorkspaceError
-from tests.bad_input.damage import Make, cut, file, folder, linked, several
+from tests.bad_input.damage import Make, cut, fields, file, folder, linked, several
 from tests.bad_input.row import Row
 
 RUN = "run bad.yaml"
@@ -191,9 +191,71 @@ WORDS = (
         ("'nobody'", "There are:"),
     ),
     usage("0.5 bits", "quantize student --bits 0.5 --out q", "bits a weight", "Name a rate between"),
+    usage("6 bits of a codec that has 5", "quantize student --bits 6 --out q", "not in 6", "the codec integer"),
+    usage(
+        "an allocation without data",
+        "quantize student --bits 3 --allocation sensitivity --out q",
+        "needs data (--data)",
+        error=RecipeError,
+    ),
+    usage("no such allocation", f"{CALIBRATED} --allocation sensitive", "'sensitive'", "sensitivity"),
+    usage("an allocation by no rows", f"{CALIBRATED} --allocation sensitivity:rows=0", "rows=0", "at least 1"),
+    usage(
+        "a table for nothing",
+        "quantize student --bits 3 --table t --out q",
+        "needs the allocation sensitivity or evolve",
+        error=RecipeError,
+    ),
+    usage(
+        "a first block that takes all", "quantize student --bits 1.8 --first-bits 5 --out q", "leave", "--first-bits"
+    ),
+    usage(
+        "a last block of no rate", "quantize student --bits 3 --last-bits 0.2 --out q", "the last block", "not in 0.2"
+    ),
+    usage(
+        "rates without a table",
+        f"plan {CALIBRATED} --allocation sensitivity --sweep 2:4:1",
+        "no table in 'q.work/table'",
+        "Quantize once",
+    ),
+    usage(
+        "rates of an allocation that measures nothing",
+        "plan quantize student --sweep 2:4:1",
+        "--allocation sensitivity",
+    ),
+    usage(
+        "rates in the wrong order", f"plan {CALIBRATED} --allocation sensitivity --sweep 4:2:1", "'4:2:1'", "FIRST:LAST"
+    ),
     usage("99 bits", "quantize student --bits 99 --out q", "quantize.bits", error=RecipeError),
     usage("NaN bits", "quantize student --bits nan --out q", "quantize.bits", error=RecipeError),
     usage("bits in words", "quantize student --bits three --out q", "three", error=click.BadParameter),
+    usage(
+        "9 bits of embedding",
+        "quantize student --bits 3 --embedding-bits 9 --out q",
+        "quantize.embedding_bits",
+        error=RecipeError,
+    ),
+    usage(
+        "two rates of a tied table",
+        "quantize student --bits 3 --embedding-bits 4 --head-bits 8 --out q",
+        "one matrix ('model.embed_tokens.weight')",
+        "--head-bits 8 are two rates",
+        "Give one of the two",
+    ),
+    Row(
+        "words: bits of a head that is not there",
+        folder("student", fields("config.json", architectures=["LlamaModel"])),
+        "plan quantize broken --bits 3 --head-bits 8",
+        ("LlamaModel has no output head", "Leave out --head-bits"),
+    ),
+    Row(
+        "words: an embedding of few bits to bitsandbytes",
+        file("bad.yaml", HEAD + "quantize: {codec: nf4, embedding_bits: 8}\nexport: [{to: bitsandbytes}]\n"),
+        RUN,
+        ("bitsandbytes has no quantized embeddings", "Leave out quantize.embedding_bits"),
+        UsageError,
+        2,
+    ),
     usage("an unknown codec", "quantize student --bits 3 --codec pyramide --out q", "Did you mean 'pyramid'?"),
     usage("an option of no codec", "quantize student --bits 3 --codec pyramid:size=16 --out q", "'size'", "It takes"),
     usage(

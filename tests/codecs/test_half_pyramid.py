@@ -56,7 +56,7 @@ def test_random_shapes_and_widths() -> None:
         rows, columns = draw.randrange(1, 40), draw.randrange(1, 120)
         weight = normal(rows, columns, seed=trial) * 10.0 ** draw.uniform(-30, 30)
         matrix = check_round_trip(weight, rounder.spec(draw.choice(rounder.widths())))
-        assert relative_error(weight, matrix) < 0.3
+        assert relative_error(weight, matrix) < 0.37  # at 1.25 bits a weight
 
 
 @pytest.mark.parametrize("dim", [8, 16, 32])
@@ -149,7 +149,7 @@ def test_descriptions_that_no_table_has_are_refused() -> None:
 @pytest.mark.parametrize(("dim", "coset", "levels"), KINDS)
 def test_every_width_fits_and_buys_something(dim: int, coset: bool, levels: str) -> None:
     table = shipped_tables()[VERSION, dim, coset, levels]
-    assert min(table) == round(1.5 * dim) and max(table) == 5 * dim
+    assert min(table) == round(1.25 * dim) and max(table) == 5 * dim
     for width, entry in table.items():
         assert entry.shape.codes <= 1 << (width - dim)
         assert entry.shape.coset == coset

@@ -41,6 +41,9 @@ MODELS |= {
     "gpt2": {"architecture": "GPT2LMHeadModel", "family": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4},
 }
 CASES += [(model, "half_pyramid", "none") for model in ("mixtral", "gpt_oss", "gpt2")]
+MODELS["gemma3"] = {"architecture": "Gemma3ForCausalLM", "family": "gemma3_text", "head_dim": 8, "pad_token_id": 0}
+CASES += [(model, "integer", "tables") for model in ("llama-tied", "llama-untied", "bert", "gpt2", "gemma3")]
+"""Codec and transform; "tables": no transform, and embedding and head of 4 bits."""
 
 CHILD = """
 import json, sys
@@ -91,8 +94,11 @@ def overlay(request: pytest.FixtureRequest) -> Path:
 def crossing(overlay: Path, tmp_path_factory: pytest.TempPathFactory) -> Crossing:
     work, ids = tmp_path_factory.mktemp("crossing"), families.token_ids()
     here = {}
+    options: dict[str, Any]
     for model, codec, transform in CASES:
         name, options = name_of(model, codec, transform), {"codec": codec, "transform": transform}
+        if transform == "tables":
+            options |= {"transform": "none", "embedding_bits": 4, "head_bits": 4}
         packed = compress.quantize(families.build(**MODELS[model]), **options)
         here[name] = families.logits(packed, ids)
         families.save(packed, work / "written" / name)

@@ -19,10 +19,11 @@ from compress.errors import NumericsError
 from compress.events import Event, Events
 from compress.modeling.stack import Batch
 from compress.modeling.structure import MatrixView, find_blocks, matrices
-from compress.quantization.activations import Activations
+from compress.quantization.activations import ChunkedActivations
 from compress.quantization.allocation import uniform
 from compress.quantization.blocks import by_block
-from compress.quantization.calibrated import BlockInputs, Calibration, Scheme
+from compress.quantization.calibrated import BlockInputs, Calibration
+from compress.quantization.groups import Scheme
 from compress.quantization.matrix import MatrixReport
 from compress.quantization.modules import packed_modules
 from compress.quantization.options import Ldlq
@@ -145,7 +146,7 @@ def test_memory_does_not_change_the_result(sequential: Any, tmp_path: Path) -> N
     found = []
     for budget in (0, 40_000, 1 << 30):
         calibration = Calibration(
-            model, data, scheme, torch.device("cpu"), budget, lambda index, stream: tmp_path / f"{index}.{stream}"
+            model, data, scheme, torch.device("cpu"), budget, lambda *place: tmp_path / str(place)
         )
         block = copy.deepcopy(find_blocks(model)[0][1]).requires_grad_(False)
         rounded = calibration.round_block(0, block, by_block(views)[0], calibration.record_inputs(copy.deepcopy(block)))
@@ -164,14 +165,14 @@ def one_block(
     calibration = Calibration.in_memory(model, data, scheme)
     block = copy.deepcopy(find_blocks(model)[0][1]).requires_grad_(False)
     original = calibration.record_inputs(copy.deepcopy(block)).rounded
-    changed = Activations(original.shapes, 1 << 20)
+    changed = ChunkedActivations({0: original.shapes}, 1 << 20, lambda chunk: None)
     draw = torch.Generator().manual_seed(5)
     for index, shape in enumerate(original.shapes):
         hidden = original.read(index, torch.device("cpu"))
         changed.write(hidden + noise * hidden.std() * torch.randn(shape, generator=draw))
     norm = copy.deepcopy(model.model.layers[0].input_layernorm)
 
-    def read(stream: Activations) -> Tensor:
+    def read(stream: ChunkedActivations) -> Tensor:
         with torch.no_grad():
             return torch.cat(
                 [norm(stream.read(i, torch.device("cpu"))).flatten(0, 1) for i in range(len(data))]
@@ -237,16 +238,16 @@ def test_a_map_that_is_never_called() -> None:
 
 def test_an_indefinite_hessian(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sum of squares is never indefinite but by rounding; so one is made."""
-    from compress.quantization import calibrated
+    from compress.quantization import groups
 
-    factorize = calibrated.factorize
+    factorize = groups.factorize
 
     def spoiled(hessian: Tensor, damping: float, name: str) -> Any:
         if "up_proj" in name or "gate_proj" in name:
             hessian[3, 3] = -100 * hessian.diagonal().mean()
         return factorize(hessian, damping, name)
 
-    monkeypatch.setattr(calibrated, "factorize", spoiled)
+    monkeypatch.setattr(groups, "factorize", spoiled)
     data = batches("llama")
     with pytest.raises(NumericsError, match=r"layers\.0\.mlp\.(gate|up)_proj' is indefinite") as caught:
         calibrate(build("llama"), data, Ldlq())

@@ -68,7 +68,8 @@ def contents(folder: Path) -> Mapping[str, bytes]:
 
 
 def hidden_states(out: Path) -> set[str]:
-    return {path.name for path in (out.with_name(f"{out.name}.work") / "inputs").iterdir()}
+    """Of which block and stream there are files."""
+    return {path.stem for path in (out.with_name(f"{out.name}.work") / "inputs").iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -211,11 +212,11 @@ def test_damaged_hidden_states(source: Path, artifact: Path, tmp_path: Path, how
     out = tmp_path / "out"
     with pytest.raises(Killed):
         quantize(source, out, listener=kill_after(2))
-    how(out.with_name("out.work") / "inputs" / f"00002.{stream}")
+    how(out.with_name("out.work") / "inputs" / f"00002.{stream}.00")
     events: list[Event] = []
     quantize(source, out, listener=events.append)
     texts = [event.data["text"] for event in events if event.kind in ("warning", "note")]
-    assert any(f"00002.{stream}' is missing or changed" in text for text in texts)
+    assert any(f"00002.{stream}.00' is missing or changed" in text for text in texts)
     assert any("begun anew" in text for text in texts)
     assert contents(out) == contents(artifact)
     assert hidden_states(out) == set()
@@ -228,7 +229,7 @@ def test_progress_after_beginning_anew_is_kept(
     out = tmp_path / "out"
     with pytest.raises(Killed):
         quantize(source, out, listener=kill_after(2))
-    damage(out.with_name("out.work") / "inputs" / "00002.rounded")
+    damage(out.with_name("out.work") / "inputs" / "00002.rounded.00")
     with pytest.raises(Killed):
         quantize(source, out, listener=kill_after(1))
     seen = rounded_blocks(monkeypatch)

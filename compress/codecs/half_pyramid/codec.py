@@ -72,6 +72,7 @@ class HalfPyramidConfig:
 class HalfPyramidCodec(Codec):
     """See the module's text; the methods are those of `compress.codecs.base.Codec`."""
 
+    rows_apart = 8
     config_type: ClassVar[type[Any]] = HalfPyramidConfig
 
     def __init__(self, config: HalfPyramidConfig) -> None:

@@ -26,7 +26,7 @@ from compress.codecs.finite import finite_matrix
 from compress.codecs.integer.config import WIDTHS, IntegerConfig, config_of
 from compress.codecs.integer.grid import Grid
 from compress.codecs.integer.rounding import IntegerRounding, packed
-from compress.codecs.integer.streams import unpack_codes
+from compress.codecs.integer.streams import unpack_codes, unpack_rows
 from compress.codecs.registry import register_codec
 from compress.errors import UsageError
 from compress.ops.bits import packed_bytes
@@ -39,6 +39,7 @@ CHUNK_WEIGHTS = 2**18
 class IntegerCodec(Codec):
     """See the module's text; the methods are those of `compress.codecs.base.Codec`."""
 
+    rows_apart = 8
     config_type: ClassVar[type[Any]] = IntegerConfig
 
     def __init__(self, config: IntegerConfig) -> None:
@@ -126,6 +127,18 @@ class IntegerCodec(Codec):
             x = _cut(integers[part].to(torch.float32), size, scales.shape[1])
             weight[part] = x.mul_(scales[part].unsqueeze(-1)).flatten(1)[:, :columns]
         return weight
+
+    def rows(self, matrix: QuantizedMatrix, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        config, width, columns = config_of(matrix.spec), matrix.spec.width, matrix.shape[1]
+        groups = config.groups(columns)
+        scales = matrix.tensors["scales"].index_select(0, rows).to(torch.float32)
+        codes = unpack_rows(matrix.tensors["codes"], width, columns, rows).to(torch.float32)
+        x = _cut(codes, config.columns(columns), groups)
+        if config.centred(width):
+            x = x - (1 << width - 1)
+        else:
+            x = x - unpack_rows(matrix.tensors["zeros"], width, groups, rows).unsqueeze(-1)
+        return x.mul_(scales.unsqueeze(-1)).flatten(1)[:, :columns].to(dtype)
 
     def containers(self, spec: CodecSpec) -> tuple[str, ...]:
         """A row with one scale may be cut into blocks of any size, of 32 for example."""

@@ -53,6 +53,7 @@ class PyramidConfig:
 class PyramidCodec(Codec):
     """See the module's text; the methods are those of `compress.codecs.base.Codec`."""
 
+    rows_apart = 8
     config_type: ClassVar[type[Any]] = PyramidConfig
 
     def __init__(self, config: PyramidConfig) -> None:

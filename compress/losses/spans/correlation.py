@@ -49,7 +49,7 @@ class SpanCorrelation(Loss):
     both positions do, and its weight is the mean of theirs. "mean" divides by the weight of all pairs, or by the
     `denominator`; "sum" and "none" are over pairs. With a trainer (`of`) the loss is the mean over the pairs of the
     batch, times the part of the denominator that the batch has: a step cut into micro-batches is the mean of their
-    means, by tokens.
+    means, by tokens. The batch is that of all processes.
 
     source       where a trainer's spans come from: "fixed" (default; `length` (4) tokens each), "punctuation" (up to
                  the next mark or line break), "chunks" (noun, verb and prepositional phrases as in the paper; for
@@ -64,6 +64,7 @@ class SpanCorrelation(Loss):
     """
 
     needs = Needs.TEACHER | Needs.TOKENS
+    divisible = True
 
     def __init__(
         self,
@@ -81,10 +82,15 @@ class SpanCorrelation(Loss):
 
     def of(self, outputs: Outputs, denominator: Tensor | float | None = None) -> Tensor:
         spans = self.spans(outputs)
-        loss = self(outputs.logits, outputs.teacher_logits, outputs.labels, outputs.weights, spans=spans)
         if denominator is None or self.reduction != "mean":
-            return loss
-        return loss * (positions_weight(outputs.labels, outputs.weights, spans) / denominator)
+            return self(outputs.logits, outputs.teacher_logits, outputs.labels, outputs.weights, spans=spans)
+        labels, weights = outputs.labels, outputs.weights
+        first = pairs(spans, labels, weights).view(-1).nonzero().squeeze(-1)
+        pair_weights = torch.ones_like(first) if weights is None else weights_of_pairs(weights, first)
+        of_pairs = self.processes.total(pair_weights.sum())
+        of_positions = self.processes.total(positions_weight(labels, weights, spans))
+        loss = self(outputs.logits, outputs.teacher_logits, labels, weights, of_pairs, spans=spans)
+        return loss * (of_positions / denominator)
 
     def spans(self, outputs: Outputs) -> Tensor:
         """The span of the token that each position predicts: position t reads token t and predicts token t + 1. What
@@ -111,10 +117,7 @@ class SpanCorrelation(Loss):
         student, teacher = self._checked(student_logits, teacher_logits, spans, labels, weights)
         assert spans is not None
         classes = student.shape[-1]
-        keep = counted(labels, weights)
-        inside = spans >= 0 if keep is None else (spans >= 0) & keep
-        linked = torch.zeros_like(inside)
-        linked[:, :-1] = inside[:, :-1] & inside[:, 1:] & (spans[:, :-1] == spans[:, 1:])
+        linked = pairs(spans, labels, weights)
         first = linked.view(-1).nonzero().squeeze(-1)
         if len(first) == 0 and self.reduction != "none":
             return as_float(student[:0]).sum()
@@ -129,8 +132,7 @@ class SpanCorrelation(Loss):
             POWERS[self.pairing],
             self.temperature,
         )
-        flat = None if weights is None else weights.reshape(-1)
-        return self.reduce(values, None if flat is None else (flat[first] + flat[first + 1]) / 2, denominator)
+        return self.reduce(values, None if weights is None else weights_of_pairs(weights, first), denominator)
 
     def _checked(
         self,
@@ -204,6 +206,21 @@ def products(student: Tensor, teacher: Tensor, power: float, temperature: float)
     p = torch.softmax(teacher.to(q.dtype) / temperature, -1)
     s, r = (x[:-1] * x[1:] for x in ((q, p) if power == 1 else (q**power, p**power)))
     return s, s - r, q
+
+
+def pairs(spans: Tensor, labels: Tensor | None, weights: Tensor | None) -> Tensor:
+    """Whether a position and the next are a pair, bool [B, T]: of one span, and both count."""
+    keep = counted(labels, weights)
+    inside = spans >= 0 if keep is None else (spans >= 0) & keep
+    linked = torch.zeros_like(inside)
+    linked[:, :-1] = inside[:, :-1] & inside[:, 1:] & (spans[:, :-1] == spans[:, 1:])
+    return linked
+
+
+def weights_of_pairs(weights: Tensor, first: Tensor) -> Tensor:
+    """The means of the two positions' weights, of the pairs whose first positions, counted through, are `first`."""
+    flat = weights.reshape(-1)
+    return (flat[first] + flat[first + 1]) / 2
 
 
 def positions_weight(labels: Tensor | None, weights: Tensor | None, like: Tensor) -> Tensor:
