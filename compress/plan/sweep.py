@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from compress.errors import UsageError, WorkspaceError
 from compress.plan.checks import check_machine, check_models
 from compress.plan.places import Places, places_of, table_folder
-from compress.plan.quantize import draft_quantization
+from compress.plan.quantize import draft_quantization, rates_of
 from compress.plan.stamps import table_arguments
 from compress.plan.subject import Subject, read_subjects, subject_of
-from compress.quantization.allocation import Table, by_table, uniformly
+from compress.quantization.allocation import Rates, Table, by_table, uniformly
 from compress.quantization.allocation.checkpoint import MEASURED
 from compress.quantization.allocation.store import TABLE
 from compress.workspace import read_records
@@ -44,7 +44,7 @@ class Rate:
 @dataclass(frozen=True)
 class Sweep:
     """`figure` is what losses are, `label` the same in words. `rank_correlation` of predicted and measured losses over
-    all runs that were made with the table, `runs` of them; None for fewer than three."""
+    the rates at which a run was made with the table, `runs` of them; None for fewer than three."""
 
     figure: str
     label: str
@@ -63,7 +63,7 @@ def parse_rates(text: str) -> list[float]:
     except ValueError:
         first, last, step = math.nan, math.nan, math.nan
     if not (0 < first <= last < math.inf and 0 < step < math.inf) or (last - first) / step >= MOST_RATES:
-        raise UsageError(f"The rates are {text!r}.", remedy="Give FIRST:LAST:STEP, such as 2:4.5:0.25.")
+        raise UsageError(f"The rates are {text!r}.", remedy="Give FIRST:LAST:STEP, ascending, such as 2:4.5:0.25.")
     count = math.floor((last - first) / step + 1e-9) + 1
     return [round(first + step * index, 10) for index in range(count)]
 
@@ -101,11 +101,12 @@ def sweep(recipe: Recipe, rates: Sequence[float]) -> Sweep:
                 draft.model_bytes(specs),
                 table.predict(draft.widths(by_table(table))),
                 table.predict(draft.widths(uniformly(draft.codec))),
-                _measured(runs, bits, part.allocation.name),
+                _measured(runs, rates_of(one), part.allocation.name),
             )
         )
-    correlation = _rank_correlation(runs) if len(runs) > 2 else None
-    return Sweep(table.figure, table.label, tuple(found), len(runs), correlation)
+    pairs = [(rate.predicted, rate.measured) for rate in found if rate.measured is not None]
+    correlation = _rank_correlation(pairs) if len(pairs) > 2 else None
+    return Sweep(table.figure, table.label, tuple(found), len(pairs), correlation)
 
 
 def kept_table(recipe: Recipe, subject: Subject, places: Places) -> Table | None:
@@ -135,22 +136,21 @@ def _runs(records: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [record for unit, record in records.items() if unit.startswith(MEASURED)]
 
 
-def _measured(runs: Sequence[Mapping[str, Any]], bits: float, method: str) -> float | None:
-    """What came of the run with this rate, and no rates of single blocks; of the last one."""
+def _measured(runs: Sequence[Mapping[str, Any]], rates: Rates, method: str) -> float | None:
+    """What came of the last run with these rates."""
     for run in reversed(runs):
-        if (run["bits"], run["first"], run["last"]) == (bits, None, None) and run["method"].partition(":")[0] == method:
+        same = all(run[name] == value for name, value in vars(rates).items())
+        if same and run["method"].partition(":")[0] == method:
             return float(run["measured"])
     return None
 
 
-def _rank_correlation(runs: Sequence[Mapping[str, Any]]) -> float:
+def _rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:
     """Spearman's: the correlation of the ranks, ties sharing their mean."""
-    ranks = []
-    for name in ("predicted", "measured"):
-        values = [run[name] for run in runs]
-        ranks.append(
-            [sum(other < value for other in values) + sum(other == value for other in values) / 2 for value in values]
-        )
+    ranks = [
+        [sum(other < value for other in values) + sum(other == value for other in values) / 2 for value in values]
+        for values in zip(*pairs, strict=True)
+    ]
     means = [sum(one) / len(one) for one in ranks]
     centred = [[rank - mean for rank in one] for one, mean in zip(ranks, means, strict=True)]
     squares = [math.fsum(value * value for value in one) for one in centred]

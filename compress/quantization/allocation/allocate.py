@@ -82,16 +82,18 @@ def allocate(groups: Sequence[Group], codec: Codec, rates: Rates, choose: Choose
     free = free_groups(groups, rates)
     names = {group.name for group in free}
     widths: dict[str, int] = {}
-    for block, (rate, what) in _own_rates(groups, rates).items():
+    for block, (rate, end) in _own_rates(groups, rates).items():
         inside = [group for group in groups if group.block == block and group.name not in names]
-        widths |= uniform_widths(inside, codec.widths(), budget_of(inside, codec, rate, what))
+        own = budget_of(inside, codec, rate, f"the {end} block", f"--{end}-bits")
+        widths |= uniform_widths(inside, codec.widths(), own)
     left = budget - cost((group for group in groups if group.name in widths), widths)
     least, most = (sum(pick(group.costs.values()) for group in free) for pick in (min, max))
     if left < least:
         weights = sum(group.weights for group in free)
+        rest = max(left, 0) / max(weights, 1)
         raise UsageError(
-            f"The rates of the first and the last block leave {left / max(weights, 1):.3f} bits a weight to the "
-            f"others, and the codec '{codec.config_type.name}' has no less than {least / max(weights, 1):.3f}.",
+            f"The rates of the first and the last block leave {rest:.3f} bits a weight to the others, and the "
+            f"codec '{codec.config_type.name}' has no less than {least / max(weights, 1):.3f}.",
             remedy="Raise --bits, or lower --first-bits or --last-bits.",
         )
     return {**widths, **(choose(free, min(left, most)) if free else {})}
@@ -104,7 +106,7 @@ def free_groups(groups: Sequence[Group], rates: Rates) -> list[Group]:
 
 
 def _own_rates(groups: Sequence[Group], rates: Rates) -> dict[int, tuple[float, str]]:
-    """The rate of each block that has its own, and what it is called."""
+    """The rate of each block that has its own, and which of the two it is."""
     blocks = [group.block for group in groups]
-    named = ((min(blocks), rates.first, "the first block"), (max(blocks), rates.last, "the last block"))
-    return {block: (rate, what) for block, rate, what in named if rate is not None}
+    named = ((min(blocks), rates.first, "first"), (max(blocks), rates.last, "last"))
+    return {block: (rate, end) for block, rate, end in named if rate is not None}

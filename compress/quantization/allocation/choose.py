@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -77,12 +78,15 @@ class Problem:
         more: dict[str, Any] = {}
         if isinstance(self.method, Evolve):
             widths, more = self._searched(self.method, table, widths, plain)
-        figures = {
+        figures: dict[str, Any] = {
             "method": self.method.text,
             "figure": table.figure,
             "predicted": table.predict(widths),
             "predicted_uniform": table.predict(plain),
         }
+        text = f"{self.method.name}: a {table.label} of {figures['predicted']:.4g} is predicted, and of "
+        text += f"{figures['predicted_uniform']:.4g} for the same rate spent uniformly"
+        self.events.emit("note", text=text)
         return Choice(widths, {**figures, **more})
 
     def _allocated(self, choose: Choose) -> Widths:
@@ -123,24 +127,24 @@ class Problem:
         found = {**fixed, **state.widths}
         if self.subject.rounding is None or method.finalists == 1:
             return found, figures
-        bent = [{**fixed, **least_loss(free, budget, table, power)} for power in FINALISTS]
-        finalists = [found, widths, *bent][: method.finalists]
+        bent = {f"L^{power}": {**fixed, **least_loss(free, budget, table, power)} for power in FINALISTS}
+        finalists = dict(list({"search": found, "table": widths, **bent}.items())[: method.finalists])
         losses = self._trials(finalists, unit, course)
-        return finalists[losses.index(min(losses))], {**figures, "finalists": losses}
+        taken = min(losses, key=losses.__getitem__)
+        return finalists[taken], {**figures, "finalists": losses, "taken": taken}
 
-    def _trials(self, finalists: Sequence[Widths], unit: str, course: Callable[[], Course]) -> list[float]:
+    def _trials(self, finalists: Mapping[str, Widths], unit: str, course: Callable[[], Course]) -> dict[str, float]:
         """What the model loses with each of some widths, rounded as it will be."""
-        units = [f"{unit} finalist {number}" for number in range(1, len(finalists) + 1)]
-        facts = [self.store.fact(one) for one in units]
-        if None in facts:
-            mixing = {name: signs.mixing for name, signs in self.subject.signs.items()}
-            with self.events.stage(TRIALS, len(finalists)):
-                for index, widths in enumerate(finalists):
-                    if facts[index] is None:
-                        specs = specs_of(self.groups, widths, self.subject.codec, mixing)
-                        loss = trial_loss(self.blocks, self.subject, specs, self.data.calibration(), course())
-                        fact = facts[index] = {"loss": loss}
-                        self.store.put_fact(units[index], fact)
-                    name, total = f"finalist {index + 1}", len(finalists)
-                    self.events.emit("step", stage=TRIALS, index=index + 1, total=total, name=name, seconds_left=None)
-        return [float(fact["loss"]) for fact in facts if fact is not None]
+        facts = {name: self.store.fact(f"{unit} finalist {name}") for name in finalists}
+        mixing = {name: signs.mixing for name, signs in self.subject.signs.items()}
+        missing = [name for name, fact in facts.items() if fact is None]
+        with self.events.stage(TRIALS, len(missing)) if missing else nullcontext():
+            for number, name in enumerate(missing, 1):
+                specs = specs_of(self.groups, finalists[name], self.subject.codec, mixing)
+                loss = trial_loss(self.blocks, self.subject, specs, self.data.calibration(), course())
+                facts[name] = {"loss": loss}
+                self.store.put_fact(f"{unit} finalist {name}", {"loss": loss})
+                self.events.emit(
+                    "step", stage=TRIALS, index=number, total=len(missing), name=name, seconds_left=None, loss=loss
+                )
+        return {name: float(fact["loss"]) for name, fact in facts.items() if fact is not None}

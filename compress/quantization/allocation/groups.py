@@ -63,7 +63,9 @@ def cost(groups: Iterable[Group], widths: Mapping[str, int]) -> int:
     return sum(group.costs[widths[group.name]] for group in groups)
 
 
-def budget_of(groups: Sequence[Group], codec: Codec, bits: float | None, what: str = "this model") -> int:
+def budget_of(
+    groups: Sequence[Group], codec: Codec, bits: float | None, what: str = "this model", option: str = "--bits"
+) -> int:
     """The budget in whole bits: the most of which `bits` a weight are not exceeded; of a codec of one width, what that
     costs. Raises `UsageError` when `bits` is outside of what the codec offers, and without `bits` when it offers
     several rates."""
@@ -82,15 +84,17 @@ def budget_of(groups: Sequence[Group], codec: Codec, bits: float | None, what: s
         asked = "and no rate is asked for" if bits is None else f"not in {bits}"
         raise UsageError(
             f"The codec '{name}' stores {what} in {rates} bits a weight, {asked}.",
-            remedy="Leave out the rate: there is no other." if only else _other_rate(name, bits, most / weights),
+            remedy="Leave out the rate: there is no other."
+            if only
+            else _other_rate(name, bits, most / weights, option),
         )
     return budget
 
 
-def _other_rate(name: str, asked: float | None, most: float) -> str:
+def _other_rate(name: str, asked: float | None, most: float, option: str) -> str:
     if name != "integer" and asked is not None and most < asked <= 8:
-        return "Name a rate between the two (--bits), or the codec integer (--codec), which has up to 8 bits."
-    return "Name a rate between the two (--bits)."
+        return f"Name a rate between the two ({option}), or the codec integer (--codec), which has up to 8 bits."
+    return f"Name a rate between the two ({option})."
 
 
 def whole_bits(bits: float, weights: int) -> int:
