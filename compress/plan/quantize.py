@@ -108,9 +108,9 @@ class Draft:
         """The width of every group, as `choose` chooses."""
         return allocate(self.groups, self.codec, rates_of(self.recipe), choose)
 
-    def specs(self, choose: Choose) -> dict[str, CodecSpec]:
-        """The spec of every matrix, likewise."""
-        return specs_of(self.groups, self.widths(choose), self.codec, self.change.mixing)
+    def specs(self, widths: Mapping[str, int]) -> dict[str, CodecSpec]:
+        """The spec of every matrix, with these widths of the groups."""
+        return specs_of(self.groups, widths, self.codec, self.change.mixing)
 
     def bits_per_weight(self, specs: Mapping[str, CodecSpec]) -> float:
         """Over the matrices of the blocks."""
@@ -168,8 +168,8 @@ def plan_quantization(draft: Draft, kept: Table | None) -> QuantizationPlan:
     """The plan of `draft`, with the widths that follow from the `kept` table of an allocation. Raises `UsageError` when
     a rate is out of the codec's reach for this model."""
     recipe, subject, views = draft.recipe, draft.subject, draft.views
-    choose = uniformly(draft.codec) if kept is None else by_table(kept)
-    specs = draft.specs(choose)
+    widths = draft.widths(uniformly(draft.codec) if kept is None else by_table(kept))
+    specs = draft.specs(widths)
     rows = tuple(_row(view, specs[view.name]) for view in views)
     tables = tuple(_row(table.view, spec) for table, spec in draft.tables)
     model_bytes = draft.model_bytes(specs)
@@ -187,7 +187,7 @@ def plan_quantization(draft: Draft, kept: Table | None) -> QuantizationPlan:
         containers=()
         if set(draft.change.mixing.values()) != {"none"}
         else draft.codec.containers(specs[views[0].name]),
-        notes=tuple(_notes(draft, kept)),
+        notes=tuple(_notes(draft, kept, widths)),
         guesses=tuple(structure_notes(subject.model, views, recipe.towers)),
         matrices=rows,
         tables=tables,
@@ -221,7 +221,7 @@ def _row(view: MatrixView, spec: CodecSpec) -> MatrixPlan:
     )
 
 
-def _notes(draft: Draft, kept: Table | None) -> Iterator[str]:
+def _notes(draft: Draft, kept: Table | None, widths: Mapping[str, int]) -> Iterator[str]:
     recipe, change = draft.recipe, draft.change
     if recipe.data is None:
         yield "data-free: no data are used, every weight counts the same"
@@ -231,7 +231,6 @@ def _notes(draft: Draft, kept: Table | None) -> Iterator[str]:
             "same rate spent uniformly, which the result does not exceed"
         )
     elif kept is not None:
-        widths = draft.widths(by_table(kept))
         more = ", from which the search begins" if recipe.allocation.name == "evolve" else ""
         yield f"{recipe.allocation.name}: the table predicts a {kept.label} of {kept.predict(widths):.4g}{more}"
     if isinstance(draft.transform, Ost):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import UsageError, WorkspaceError
@@ -90,18 +90,19 @@ def sweep(recipe: Recipe, rates: Sequence[float]) -> Sweep:
         )
     table, runs = Table.from_dict(records[TABLE]), _runs(records)
     found = []
+    drafted = draft_quantization(part, subject, recipe.trust_remote_code, exported=bool(recipe.export))
     for bits in rates:
-        one = part.model_copy(update={"bits": bits})
-        draft = draft_quantization(one, subject, recipe.trust_remote_code, exported=bool(recipe.export))
-        specs = draft.specs(by_table(table))
+        draft = replace(drafted, recipe=part.model_copy(update={"bits": bits}))
+        widths = draft.widths(by_table(table))
+        specs = draft.specs(widths)
         found.append(
             Rate(
                 bits,
                 draft.bits_per_weight(specs),
                 draft.model_bytes(specs),
-                table.predict(draft.widths(by_table(table))),
+                table.predict(widths),
                 table.predict(draft.widths(uniformly(draft.codec))),
-                _measured(runs, rates_of(one), part.allocation.name),
+                _measured(runs, rates_of(draft.recipe), part.allocation.name),
             )
         )
     pairs = [(rate.predicted, rate.measured) for rate in found if rate.measured is not None]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.codecs.base import Codec, CodecSpec, QuantizedMatrix
+from compress.data.calibration import Batch
 from compress.data.pixels import load_image_processor
 from compress.distributed import World
 from compress.modeling.experts import open_experts
@@ -129,6 +130,21 @@ class CalibrationOptions:
     budget: int = 2 << 30
     device: str = "cpu"
 
+    def batches(
+        self, model: PreTrainedModel, source: Path, trust_remote_code: bool, rows: int | None = None, draw: int = 0
+    ) -> list[Batch]:
+        """Batches for `model`, whose tokenizer or image processor is in the folder `source`: of `rows` (None: its own
+        number), which each `draw` draws anew."""
+        return calibration_batches(
+            model,
+            self.data,
+            lambda: load_tokenizer(source, trust_remote_code),
+            rows=self.rows if rows is None else rows,
+            context=self.context,
+            seed=self.seed + draw,
+            processor=lambda: load_image_processor(source, trust_remote_code),
+        )
+
 
 class CalibratedRounder:
     """Block after block with `Calibration`, weights read one block at a time, hidden states in the work folder."""
@@ -149,15 +165,7 @@ class CalibratedRounder:
         drawn = sample_text(self._model, options.data, options.rows, options.context, options.seed)
         self.text = f"{options.options.text}, {drawn}"
         self._blocks = [name for name, _ in find_blocks(self._model)]
-        batches = calibration_batches(
-            self._model,
-            options.data,
-            lambda: load_tokenizer(target.source, trust_remote_code),
-            rows=options.rows,
-            context=options.context,
-            seed=options.seed,
-            processor=lambda: load_image_processor(target.source, trust_remote_code),
-        )
+        batches = options.batches(self._model, target.source, trust_remote_code)
         signs = {view.name: target.signs(view).to(self._device) for view in target.views}
         scheme = Scheme(codec, specs, signs, options.options)
         self._calibration = Calibration(self._model, batches, scheme, self._device, options.budget, self._file)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,9 @@ from torch import Tensor
 
 from compress.codecs.base import Codec, CodecSpec, QuantizedMatrix
 from compress.data.calibration import Batch
-from compress.data.pixels import load_image_processor
 from compress.errors import ArtifactError, WorkspaceError
 from compress.modeling.io import read_tensors
-from compress.modeling.loading import hollow, load_config, load_tokenizer
+from compress.modeling.loading import hollow, load_config
 from compress.modeling.structure import MatrixView
 from compress.quantization.allocation.allocate import Rates
 from compress.quantization.allocation.choose import Data, Problem
@@ -31,7 +31,6 @@ from compress.quantization.allocation.groups import make_groups, specs_of
 from compress.quantization.allocation.options import Evolve, Sensitivity
 from compress.quantization.allocation.source import BlocksOfCheckpoint, Resident
 from compress.quantization.allocation.store import StoreInFolder
-from compress.quantization.data import calibration_batches
 from compress.quantization.options import Ldlq
 from compress.quantization.rounders import CalibrationOptions
 from compress.quantization.target import Target
@@ -61,7 +60,7 @@ class Spending:
         with self._opened(target, workspace) as (blocks, subject, table):
             groups = make_groups(target.views, self.codec, target.mixing)
             data = Data(
-                lambda: self._batches(target, blocks, self.calibration.rows, 0),
+                cache(lambda: self._batches(target, blocks, self.calibration.rows, 0)),
                 lambda: self._batches(target, blocks, self.method.rows, 1),
                 lambda: self._batches(target, blocks, self.method.sample if isinstance(self.method, Evolve) else 1, 2),
             )
@@ -113,16 +112,7 @@ class Spending:
         return False
 
     def _batches(self, target: Target, blocks: Resident, rows: int, draw: int) -> list[Batch]:
-        """Rows of the data of the calibration, each `draw` others."""
-        return calibration_batches(
-            blocks.model,
-            self.calibration.data,
-            lambda: load_tokenizer(target.source, self.trust_remote_code),
-            rows=rows,
-            context=self.calibration.context,
-            seed=self.calibration.seed + draw,
-            processor=lambda: load_image_processor(target.source, self.trust_remote_code),
-        )
+        return self.calibration.batches(blocks.model, target.source, self.trust_remote_code, rows, draw)
 
 
 class Payloads:

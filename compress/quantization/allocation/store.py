@@ -65,11 +65,12 @@ class StoreInMemory:
 
 
 class StoreInFolder:
-    """In the units of `workspace`."""
+    """In the units of `workspace`; the payloads of one block stay in memory, those that were asked for last."""
 
     def __init__(self, workspace: Workspace) -> None:
         self._workspace = workspace
         self._records: dict[int, Mapping[str, Any]] = {}
+        self._last: tuple[int, Mapping[str, Tensor]] = (-1, {})
 
     def has(self, index: int) -> bool:
         if index not in self._records:
@@ -89,7 +90,9 @@ class StoreInFolder:
         return self._records[index]
 
     def payloads(self, index: int) -> Mapping[str, Tensor]:
-        return read_tensors(self._path(index), WorkspaceError)
+        if self._last[0] != index:
+            self._last = index, read_tensors(self._path(index), WorkspaceError)
+        return self._last[1]
 
     def fact(self, name: str) -> dict[str, Any] | None:
         return self._workspace.done(name)
